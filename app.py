@@ -186,6 +186,7 @@ DISK_RESERVE_BYTES = 256 * 1024 * 1024  # a pull leaves this much free, for the 
 MAX_SAFETENSORS_HEADER_BYTES = 100 * 1000 * 1000  # the safetensors format's own limit
 MAX_GGUF_STRING_BYTES = 64 * 1024 * 1024  # far above any real template or token list entry
 PROGRESS_SECONDS = 0.2  # how often a pull says how far it is
+CHILD_PROGRAM = __file__  # what child processes run; tests put a program with engines that fail on command here
 MEBIBYTE = 1024 * 1024
 
 # What a request gets when neither it, nor the catalogue, nor the model's generation_config.json says otherwise:
@@ -461,6 +462,18 @@ class RungRefused(ServerError):
     """One engine cannot serve this model; the ladder goes on with the next."""
 
     kind = "unsupported"
+
+
+class StartFailed(RungRefused):
+    """The engine should have been able to, but did not start."""
+
+    kind = "start_failed"
+
+
+class OutOfMemory(RungRefused):
+    """The engine needs more memory than there is."""
+
+    kind = "out_of_memory"
 
 
 def _all_subclasses(root: type[ServerError]) -> Iterator[type[ServerError]]:
@@ -939,6 +952,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     id: int
     kind: str
     message: str
+    traceback: str = ""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -1251,6 +1265,8 @@ class TransformersEngine:
         from transformers import GenerationConfig
 
         self._model.eval()
+        if getattr(self._model.config, "is_encoder_decoder", False):
+            raise RungRefused("an encoder-decoder model, where a causal language model is needed")
         config, own = self._model.config.get_text_config(), self._model.generation_config
         ends = own.eos_token_id if own.eos_token_id is not None else config.eos_token_id
         listed = ends if isinstance(ends, list) else [ends]
@@ -1341,7 +1357,7 @@ class PipelineEngine(TransformersEngine):
         from transformers import AutoTokenizer, pipeline
 
         quantization = _quantization_config(spec.quantization, self._dtype)
-        model_kwargs: Json = {"use_safetensors": True, "local_files_only": True}
+        model_kwargs: Json = {"use_safetensors": True}
         if quantization is not None:
             model_kwargs["quantization_config"] = quantization
         tokenizer = AutoTokenizer.from_pretrained(
@@ -1439,7 +1455,7 @@ def _logits_processors(sampling: Mapping[str, Any], prompt_tokens: int) -> Any:
     processors: list[Any] = [_Penalties(sampling, prompt_tokens)]
     temperature = float(sampling["temperature"])
     if temperature > 0:
-        warpers = {
+        warpers: dict[str, tuple[Any, Callable[[Any], bool], Callable[[Any], Any]]] = {
             "top_k": (generation.TopKLogitsWarper, lambda value: int(value) > 0, int),
             "typical_p": (generation.TypicalLogitsWarper, lambda value: 0 < value < 1, float),
             "top_p": (generation.TopPLogitsWarper, lambda value: 0 < value < 1, float),
@@ -1564,8 +1580,8 @@ class EngineHost:
         except ServerError as error:
             self._fail(id, error.kind, str(error))
         except Exception as error:  # noqa: BLE001  (boundary 2, for one request)
-            log.exception("A request failed in the engine")
-            self._fail(id, "engine_failed", f"The engine failed: {type(error).__name__}.")
+            details = "".join(traceback.format_exception(error))
+            self._fail(id, "engine_failed", "The engine failed on this request; the server's log says why.", details)
         finally:
             self._tasks.pop(id, None)
 
@@ -1574,9 +1590,9 @@ class EngineHost:
             self._loop.call_soon(self._flush)
         self._outbox.append((id, event))
 
-    def _fail(self, id: int, kind: str, message: str) -> None:
+    def _fail(self, id: int, kind: str, message: str, details: str = "") -> None:
         self._flush()
-        self._send(Failed(id, kind, message))
+        self._send(Failed(id, kind, message, details))
 
     def _flush(self) -> None:
         items, self._outbox = self._outbox, []
@@ -1682,7 +1698,7 @@ class ChildProcess:
         """Start `python app.py MODE` with pipes; its process group is its own, to be ended as one."""
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
-            python or sys.executable, __file__, mode,
+            python or sys.executable, CHILD_PROGRAM, mode,
             stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True, env=environment, limit=MEBIBYTE,
         )  # fmt: skip
         return cls(process)
@@ -1777,6 +1793,7 @@ class EngineProcess:
         self.expires_at: float | None = None
         self.load_seconds = 0.0
         self.stopping = False
+        self.outdated = False  # its model was pulled again: it goes as soon as nobody uses it
         self._on_death = on_death
         self._expiry: asyncio.TimerHandle | None = None
         self._streams: dict[int, asyncio.Queue[Event | ServerError]] = {}
@@ -1829,13 +1846,15 @@ class EngineProcess:
                 for id, event in items:
                     if stream := self._streams.get(id):
                         stream.put_nowait(event)
-            case Failed(id, kind, message):
+            case Failed(id, kind, message, details):
+                if details:
+                    log.error("A request to %s failed in the engine:\n%s", self.spec.model, details)
                 if stream := self._streams.get(id):
                     stream.put_nowait(error_of(kind, message))
             case Loaded(info):
                 self._loaded.set_result(info)
             case Refused(kind, message, details):
-                refusal = error_of(kind, message) if kind in ERRORS_BY_KIND else RungRefused(message)
+                refusal = error_of(kind, message)
                 refusal.details = details
                 self._loaded.set_exception(refusal)
             case _:
@@ -1848,12 +1867,10 @@ class EngineProcess:
         log.error("The engine of %s (%s) died: %s", self.spec.model, self.spec.backend, how)
         if not self._loaded.done():
             tail = " ".join(list(self._child.log_tail)[-3:])
-            self._loaded.set_exception(RungRefused(f"its process ended while loading ({how}). {tail}".strip()))
+            self._loaded.set_exception(StartFailed(f"its process ended while loading ({how}). {tail}".strip()))
             return
         for stream in self._streams.values():
-            stream.put_nowait(
-                EngineDied(f"The engine of {self.spec.model} died ({how}). Try again: it is loaded anew.")
-            )
+            stream.put_nowait(EngineDied(f"The engine of {self.spec.model} died ({how}). Ask again: it loads anew."))
         self._on_death(self)
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
@@ -1885,9 +1902,10 @@ class EngineProcess:
     def unpin(self, expire: "Callable[[EngineProcess], None]") -> None:
         """The request is through; when nobody uses the model any more its keep-alive time starts."""
         self.pins -= 1
-        if self.pins == 0 and self.keep_alive != FOREVER:
-            self.expires_at = time.time() + self.keep_alive
-            self._expiry = asyncio.get_running_loop().call_later(self.keep_alive, expire, self)
+        idle = 0.0 if self.outdated else self.keep_alive
+        if self.pins == 0 and idle != FOREVER:
+            self.expires_at = time.time() + idle
+            self._expiry = asyncio.get_running_loop().call_later(idle, expire, self)
 
     async def stop(self) -> Reclaimed:
         """End the child and everything it started, and measure what came back. Idempotent."""
@@ -2554,8 +2572,16 @@ async def _pull_model(job: Job) -> ModelMeta:
         path, revision = await _fetch_from_hub(job, source)
     meta = await asyncio.to_thread(describe_model, source, path, revision)
     meta.preferred_quantized, meta.trust_remote_code = job.preferred_quantized, job.trust_remote_code
+    old = model_meta.get(meta.name)
     await _remember_model(meta)
+    if old is not None and _load_facts(old) != _load_facts(meta):
+        _outdate_engine(meta.name)
     return meta
+
+
+def _load_facts(meta: ModelMeta) -> tuple[object, ...]:
+    """What a loaded engine depends on: other values need another load."""
+    return meta.revision, meta.local_path, meta.preferred_quantized, meta.trust_remote_code
 
 
 async def _fetch_from_hub(job: Job, source: ModelSource) -> tuple[Path, str]:
@@ -2922,8 +2948,9 @@ def cheap_refusal(meta: ModelMeta, backend: str, quantization: str) -> str:
         return "a mixture of experts is loaded by the pipeline rung, which quantizes all its experts"
     if backend == "transformers" and meta.custom_code:
         return "the model needs custom code from its repository"
-    if backend == "pipeline" and not (meta.mixture_of_experts or meta.custom_code):
-        return "only for mixtures of experts and custom code"
+    not_recognized = bool(meta.ladder) and meta.ladder[-1].kind == RungRefused.kind
+    if backend == "pipeline" and not (meta.mixture_of_experts or meta.custom_code or not_recognized):
+        return "only for mixtures of experts, custom code and what the rung above does not recognize"
     return ""
 
 
@@ -3100,6 +3127,14 @@ async def _drop_engine(engine: EngineProcess) -> None:
         name, reclaimed.held_bytes / MEBIBYTE, reclaimed.device, reclaimed.leaked_bytes / MEBIBYTE, reclaimed.seconds,
     )  # fmt: skip
     places_changed.fire()
+
+
+def _outdate_engine(name: str) -> None:
+    """A model was pulled again with other files or grants: its engine goes as soon as nobody uses it."""
+    if (engine := model_cache.get(name)) is not None:
+        engine.outdated = True
+        engine.pin(engine.keep_alive)
+        engine.unpin(_expire)
 
 
 def _expire(engine: EngineProcess) -> None:
