@@ -3584,6 +3584,7 @@ def serve(pull_at_start: list[str]) -> None:
 
     _refuse_public_binding()
     app.state.pull_at_start = pull_at_start
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when it is through: that is a 0
     uvicorn.run(app, host=HOST, port=PORT, log_level="warning", timeout_graceful_shutdown=int(DRAIN_SECONDS))
 
 
