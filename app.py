@@ -90,6 +90,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as ASGIMessage
 
@@ -133,13 +134,48 @@ def parse_duration(value: str | int | float) -> float:
     return FOREVER if seconds < 0 else seconds
 
 
+SETTINGS: dict[str, object] = {}  # every setting by its name in the environment, for /diag; written by _read
+
+
 def _read(name: str, value: str, reader: Callable[[str], T]) -> T:
     """Apply `reader` to a setting; a bad value ends the start with exit status 78 and names the setting."""
     try:
-        return reader(value)
+        result = reader(value)
     except ValueError as error:
         print(f"ai-server: setting {name}={value!r} is not valid: {error}", file=sys.stderr)
         raise SystemExit(78) from error
+    SETTINGS[name] = result
+    return result
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    """A reader of whole numbers from `least` up."""
+
+    def read(value: str) -> int:
+        if int(value) < least:
+            raise ValueError(f"it must be at least {least}")
+        return int(value)
+
+    return read
+
+
+def _seconds(value: str) -> float:
+    """A reader of durations that cannot be for ever."""
+    if (seconds := parse_duration(value)) == FOREVER:
+        raise ValueError("it must not be negative")
+    return seconds
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    """A reader of words; case does not matter."""
+
+    def read(value: str) -> str:
+        found = next((choice for choice in choices if choice.lower() == value.lower()), None)
+        if found is None:
+            raise ValueError(f"it must be one of {', '.join(choices)}")
+        return found
+
+    return read
 
 
 def _flag(value: str) -> bool:
@@ -150,36 +186,42 @@ def _flag(value: str) -> bool:
     return words.get(value.strip().lower(), False)
 
 
-MAX_CACHE_MODELS = _read("MAX_CACHE_MODELS", os.getenv("MAX_CACHE_MODELS", "2"), int)
-COOLDOWN_SECONDS = _read("MODEL_LOAD_COOLDOWN", os.getenv("MODEL_LOAD_COOLDOWN", "300"), float)
-MODEL_Q4_THRESHOLD_BYTES = _read("MODEL_Q4_THRESHOLD_BYTES", os.getenv("MODEL_Q4_THRESHOLD_BYTES", "14000000000"), int)
-MAX_CONCURRENT_PULLS = _read("MAX_CONCURRENT_PULLS", os.getenv("MAX_CONCURRENT_PULLS", "2"), int)
-PYTORCH_ALLOC_CONF = os.getenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-HF_HOME = os.getenv("HF_HOME", str(Path.home() / ".cache" / "huggingface"))
-HF_ENDPOINT = os.getenv("HF_ENDPOINT", "")
-HF_TOKEN = os.getenv("HF_TOKEN", "")
-HOST = os.getenv("HOST", "127.0.0.1")
-PORT = _read("PORT", os.getenv("PORT", "8005"), int)
+MAX_CACHE_MODELS = _read("MAX_CACHE_MODELS", os.getenv("MAX_CACHE_MODELS", "2"), _whole(1))
+COOLDOWN_SECONDS = _read("MODEL_LOAD_COOLDOWN", os.getenv("MODEL_LOAD_COOLDOWN", "300"), _seconds)
+MODEL_Q4_THRESHOLD_BYTES = _read(
+    "MODEL_Q4_THRESHOLD_BYTES", os.getenv("MODEL_Q4_THRESHOLD_BYTES", "14000000000"), _whole(0)
+)
+MAX_CONCURRENT_PULLS = _read("MAX_CONCURRENT_PULLS", os.getenv("MAX_CONCURRENT_PULLS", "2"), _whole(1))
+PYTORCH_ALLOC_CONF = _read("PYTORCH_ALLOC_CONF", os.getenv("PYTORCH_ALLOC_CONF", "expandable_segments:True"), str)
+HF_HOME = _read("HF_HOME", os.getenv("HF_HOME", str(Path.home() / ".cache" / "huggingface")), str)
+HF_ENDPOINT = _read("HF_ENDPOINT", os.getenv("HF_ENDPOINT", ""), str)
+HF_TOKEN = _read("HF_TOKEN", os.getenv("HF_TOKEN", ""), str)
+HOST = _read("HOST", os.getenv("HOST", "127.0.0.1"), str)
+PORT = _read("PORT", os.getenv("PORT", "8005"), _whole(0))
 ALLOW_UNAUTHENTICATED = _read("ALLOW_UNAUTHENTICATED", os.getenv("ALLOW_UNAUTHENTICATED", "0"), _flag)
 KEEP_ALIVE = _read("KEEP_ALIVE", os.getenv("KEEP_ALIVE", "5m"), parse_duration)
-ENGINE_THREADS = _read("ENGINE_THREADS", os.getenv("ENGINE_THREADS", "auto"), lambda v: 0 if v == "auto" else int(v))
-ENGINE_PYTHON_VLLM = os.getenv("ENGINE_PYTHON_VLLM", "")
-MAX_CONTEXT_LENGTH = _read("MAX_CONTEXT_LENGTH", os.getenv("MAX_CONTEXT_LENGTH", "8192"), int)
-MAX_PARALLEL = _read("MAX_PARALLEL", os.getenv("MAX_PARALLEL", "8"), int)
-LOAD_TIMEOUT = _read("LOAD_TIMEOUT", os.getenv("LOAD_TIMEOUT", "30m"), parse_duration)
-STATE_DIR = Path(os.getenv("STATE_DIR", "") or platformdirs.user_data_dir("ai-server", appauthor=False))
-MODELS_FILE = Path(os.getenv("MODELS_FILE", "") or Path(__file__).with_name("models.toml"))
-LOG_FILE = os.getenv("LOG_FILE", "app.log")
-LOG_LEVEL = os.getenv("LOG_LEVEL", "INFO").upper()
-LOG_FORMAT = os.getenv("LOG_FORMAT", "text")
-MAX_QUEUE = _read("MAX_QUEUE", os.getenv("MAX_QUEUE", "256"), int)
-QUEUE_TIMEOUT = _read("QUEUE_TIMEOUT", os.getenv("QUEUE_TIMEOUT", "60"), parse_duration)
-MAX_BODY_BYTES = _read("MAX_BODY_BYTES", os.getenv("MAX_BODY_BYTES", str(32 * 1024 * 1024)), int)
-DRAIN_SECONDS = _read("DRAIN_SECONDS", os.getenv("DRAIN_SECONDS", "30"), parse_duration)
+ENGINE_THREADS = _read(
+    "ENGINE_THREADS", os.getenv("ENGINE_THREADS", "auto"), lambda value: 0 if value == "auto" else _whole(1)(value)
+)
+ENGINE_PYTHON_VLLM = _read("ENGINE_PYTHON_VLLM", os.getenv("ENGINE_PYTHON_VLLM", ""), str)
+MAX_CONTEXT_LENGTH = _read("MAX_CONTEXT_LENGTH", os.getenv("MAX_CONTEXT_LENGTH", "8192"), _whole(1))
+MAX_PARALLEL = _read("MAX_PARALLEL", os.getenv("MAX_PARALLEL", "8"), _whole(1))
+LOAD_TIMEOUT = _read("LOAD_TIMEOUT", os.getenv("LOAD_TIMEOUT", "30m"), _seconds)
+STATE_DIR = _read(
+    "STATE_DIR", os.getenv("STATE_DIR", "") or platformdirs.user_data_dir("ai-server", appauthor=False), Path
+)
+MODELS_FILE = _read("MODELS_FILE", os.getenv("MODELS_FILE", str(Path(__file__).with_name("models.toml"))), Path)
+LOG_FILE = _read("LOG_FILE", os.getenv("LOG_FILE", "app.log"), str)
+LOG_LEVEL = _read("LOG_LEVEL", os.getenv("LOG_LEVEL", "INFO"), _one_of("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))
+LOG_FORMAT = _read("LOG_FORMAT", os.getenv("LOG_FORMAT", "text"), _one_of("text", "json"))
+MAX_QUEUE = _read("MAX_QUEUE", os.getenv("MAX_QUEUE", "256"), _whole(1))
+QUEUE_TIMEOUT = _read("QUEUE_TIMEOUT", os.getenv("QUEUE_TIMEOUT", "60"), _seconds)
+MAX_BODY_BYTES = _read("MAX_BODY_BYTES", os.getenv("MAX_BODY_BYTES", str(32 * 1024 * 1024)), _whole(1))
+DRAIN_SECONDS = _read("DRAIN_SECONDS", os.getenv("DRAIN_SECONDS", "30"), _seconds)
 STRICT_PARAMETERS = _read("STRICT_PARAMETERS", os.getenv("STRICT_PARAMETERS", "0"), _flag)
 INHERITED_ENVIRONMENT = dict(os.environ)  # what child processes start from; `_child_environment` takes the secrets out
 
-SECRET_SETTINGS = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|(^|_)KEYS?$", re.IGNORECASE)
+SECRET_SETTINGS = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY)S?(_|$)", re.IGNORECASE)
 SHUTDOWN_GRACE_SECONDS = 5.0  # an engine asked to end gets this long before its process group is killed
 CRASH_LOOP_DEATHS, CRASH_LOOP_SECONDS = 3, 300.0  # so many deaths in so long: the model is refused for a while
 DISK_RESERVE_BYTES = 256 * 1024 * 1024  # a pull leaves this much free, for the state and everybody else
@@ -491,9 +533,14 @@ def error_of(kind: str, message: str) -> ServerError:
     return ERRORS_BY_KIND.get(kind, EngineFailed)(message)
 
 
+def iso_time(moment: datetime) -> str:
+    """A moment as ISO 8601 with Z."""
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
 def now_iso() -> str:
-    """The wall clock as ISO 8601 with Z; for display only, never for a timeout."""
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    """The wall clock; for display only, never for a timeout."""
+    return iso_time(datetime.now(UTC))
 
 
 ###############################################################################
@@ -620,6 +667,22 @@ class Store:
             raise Unavailable(f"The server's state cannot be written: {error}.", retry_after=5) from error
 
     def _open(self) -> sqlite3.Connection:
+        """Open the file; one that is no sound database is set aside, never overwritten."""
+        try:
+            return self._connect()
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError as error:
+            aside = self._path.with_name(f"{self._path.name}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}")
+            log.warning(
+                "%s is damaged (%s): it is kept as %s, and the state begins anew", self._path, error, aside.name
+            )
+            self._path.rename(aside)
+            for leftover in ("-wal", "-shm"):
+                self._path.with_name(self._path.name + leftover).unlink(missing_ok=True)
+            return self._connect()
+
+    def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, check_same_thread=False, timeout=2)
         connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA mmap_size=0;")
         for table in ("jobs", "models"):
@@ -713,7 +776,7 @@ def configure_logging() -> None:
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Restore the state, resume unfinished pulls, serve, then give everything back."""
     configure_logging()
-    lock = _claim_state_dir()
+    lock = app.state.lock or _claim_state_dir()
     log.info("Configuration: %s", _configuration_line())
     await restore_state()
     for name in getattr(app.state, "pull_at_start", []):
@@ -732,6 +795,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 app = FastAPI(title="ai-server", version=__version__, lifespan=lifespan, summary="Serve Hugging Face models you own.")
 app.state.phase = "starting"
+app.state.lock = None
 
 
 class Outermost:
@@ -788,14 +852,19 @@ async def _routing_error(request: Request, error: HTTPException) -> Response:
 async def read_json(request: Request) -> Json:
     """Read a body as a JSON object whatever its Content-Type; `curl -d` must work. Raises BadRequest, BodyTooLarge."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise BodyTooLarge(f"The request body is larger than {MAX_BODY_BYTES} bytes (setting MAX_BODY_BYTES).")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise BodyTooLarge(f"The request body is larger than {MAX_BODY_BYTES} bytes (setting MAX_BODY_BYTES).")
+    except ClientDisconnect as error:
+        raise ClientGone("The client closed the connection.") from error
     if not body.strip():
         raise BadRequest("missing request body")
     try:
         value = json.loads(body)
+        if b"\\u" in body:  # the one way to spell half a surrogate pair, which no text of ours can carry on
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"The request body is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -1374,10 +1443,16 @@ class PipelineEngine(TransformersEngine):
         )
         self._model, self._tokenizer = self._pipeline.model, tokenizer
 
-    def _generate(self, sampling: Sampling, prompt: list[int], room: int, tokens: TokenStream) -> None:
+    def _describe(self, spec: EngineSpec) -> EngineInfo:
+        """A model that is called whole honours no sampling options."""
         from transformers import GenerationMixin
 
-        if isinstance(self._model, GenerationMixin):
+        info = super()._describe(spec)
+        self._steps = isinstance(self._model, GenerationMixin)
+        return info if self._steps else msgspec.structs.replace(info, options=("max_tokens", "context_length", "stop"))
+
+    def _generate(self, sampling: Sampling, prompt: list[int], room: int, tokens: TokenStream) -> None:
+        if self._steps:
             super()._generate(sampling, prompt, room, tokens)
             return
         with self._gate:
@@ -1772,7 +1847,8 @@ def gpu_devices() -> list[Json]:
 def _gpu_device(index: int, handle: Any) -> Json:
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     sizes = {"total_bytes": int(memory.total), "used_bytes": int(memory.used), "free_bytes": int(memory.free)}
-    return {"kind": "cuda", "index": index, "name": pynvml.nvmlDeviceGetName(handle), **sizes}
+    names = {"name": pynvml.nvmlDeviceGetName(handle), "driver": pynvml.nvmlSystemGetDriverVersion()}
+    return {"kind": "cuda", "index": index, **names, **sizes}
 
 
 def _gpu_used_bytes() -> int:
@@ -2088,16 +2164,21 @@ def _content_text(content: str | list[TextPart] | None) -> str:
 
 
 def _native_sampling(chat: ChatBody) -> Sampling:
-    """Merge `options` and the fields beside it, which win; `num_predict` and `num_ctx` are Ollama's names."""
-    inner = chat.options.model_dump(include=set(SamplingBody.model_fields), exclude_none=True) if chat.options else {}
-    merged = inner | chat.model_dump(include=set(SamplingBody.model_fields), exclude_none=True)
-    for theirs, ours in (("num_predict", "max_tokens"), ("num_ctx", "context_length")):
-        if theirs in merged:
-            merged.setdefault(ours, merged.pop(theirs))
-            merged.pop(theirs, None)
+    """Merge `options` and the fields beside it, which win."""
+    merged = (_own_names(chat.options) if chat.options else {}) | _own_names(chat)
     if (stop := merged.get("stop")) is not None:
         merged["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     return Sampling(**merged)
+
+
+def _own_names(body: SamplingBody) -> Json:
+    """The options that were set; `num_predict` and `num_ctx` are Ollama's names for two of them."""
+    given = body.model_dump(include=set(SamplingBody.model_fields), exclude_none=True)
+    for theirs, ours in (("num_predict", "max_tokens"), ("num_ctx", "context_length")):
+        if theirs in given:
+            given.setdefault(ours, given[theirs])
+            del given[theirs]
+    return given
 
 
 def _native_keep_alive(value: str | int | float | None) -> float | None:
@@ -2226,13 +2307,13 @@ class _Catalogue:
         return self._by_name.get(lowered) or self._by_name.get(lowered.removesuffix(":latest"))
 
     def _read(self) -> dict[str, tuple[str, CatalogueEntry]]:
-        if not MODELS_FILE.exists():
+        if not MODELS_FILE.exists() and "MODELS_FILE" not in INHERITED_ENVIRONMENT:
             return {}
         try:
             document = tomllib.loads(MODELS_FILE.read_text(encoding="utf-8"))
             entries = msgspec.convert(document.get("models", {}), dict[str, CatalogueEntry])
-        except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
-            raise Unavailable(f"The catalogue {MODELS_FILE.name} is not valid: {error}") from error
+        except (OSError, tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+            raise Unavailable(f"The catalogue {MODELS_FILE.name} (MODELS_FILE) cannot be read: {error}") from error
         aliases = {alias.lower(): (name, entry) for name, entry in entries.items() for alias in entry.aliases}
         return aliases | {name.lower(): (name, entry) for name, entry in entries.items()}
 
@@ -2378,24 +2459,23 @@ def describe_model(source: ModelSource, path: Path, revision: str) -> ModelMeta:
         options=dict(source.entry.options),
         pulled_at=now_iso(),
     )
-    ggufs = sorted(path.glob("**/*.gguf")) if path.is_dir() else [path]
-    if path.is_file() or (ggufs and not list(path.glob("*.safetensors"))):
-        _describe_gguf(meta, ggufs)
+    if path.is_file():
+        _describe_gguf(meta, path)
     else:
         _describe_safetensors(meta, path)
     return meta
 
 
-def _describe_gguf(meta: ModelMeta, files: list[Path]) -> None:
-    """A repository's GGUF file; split files are opened by their first part."""
-    head = GGUFReader(files[0]).metadata
-    meta.format, meta.local_path = "gguf", str(files[0])
-    meta.size_bytes = sum(file.stat().st_size for file in files)
+def _describe_gguf(meta: ModelMeta, path: Path) -> None:
+    """One GGUF file; a split one is opened by its first part."""
+    head = GGUFReader(path).metadata
+    meta.format = "gguf"
+    meta.size_bytes = sum(file.stat().st_size for file in weight_files(meta))
     meta.architecture = meta.family = str(head.get("general.architecture", ""))
     meta.context_length = int(head.get(f"{meta.family}.context_length", 0))
     meta.embedding = f"{meta.family}.pooling_type" in head
     meta.has_chat_template = "tokenizer.chat_template" in head
-    tag = re.search(r"(?i)\b(I?Q\d(?:_[A-Z0-9]+)*|BF16|F16|F32)\b", files[0].name.replace("-", " ").replace(".", " "))
+    tag = re.search(r"(?i)\b(I?Q\d(?:_[A-Z0-9]+)*|BF16|F16|F32)\b", path.name.replace("-", " ").replace(".", " "))
     meta.stored_quantization = tag[1].upper() if tag else ""
 
 
@@ -2418,6 +2498,9 @@ def _describe_safetensors(meta: ModelMeta, path: Path) -> None:
     meta.mixture_of_experts = _expert_count(text_config) > 1 or "moe" in meta.architecture.lower()
     meta.custom_code = bool(config.get("auto_map"))
     meta.embedding = (path / "modules.json").exists()
+    side_file, tokenizer = path / "chat_template.jinja", path / "tokenizer_config.json"
+    in_tokenizer = tokenizer.exists() and '"chat_template"' in tokenizer.read_text(encoding="utf-8")
+    meta.has_chat_template = side_file.exists() or in_tokenizer
     meta.stored_quantization = str((config.get("quantization_config") or {}).get("quant_method", ""))
 
 
@@ -2452,14 +2535,38 @@ def _is_duplicate(name: str) -> bool:
     return name.startswith(("original/", "onnx/", "openvino/", "consolidated", "metal/")) or "/consolidated" in name
 
 
+GGUF_PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
+
+
+def weight_files(meta: ModelMeta) -> list[Path]:
+    """The files that hold a model's weights, all parts of them. Blocking."""
+    path = Path(meta.local_path)
+    if meta.format == "safetensors":
+        return sorted(path.glob("*.safetensors"))
+    stem = GGUF_PART.sub("", path.name)
+    return sorted(file for file in path.parent.glob("*.gguf") if GGUF_PART.sub("", file.name) == stem)
+
+
+def check_files(meta: ModelMeta) -> None:
+    """Check a model's files before native code opens them. Raises BadModelFiles that names the file. Blocking."""
+    files = weight_files(meta)
+    if not files:
+        raise BadModelFiles(f"The files of {meta.name} are gone. Pull the model again.")
+    for file in files:
+        if meta.format == "gguf":
+            GGUFReader(file)
+        else:
+            check_safetensors(file)
+
+
 def _choose_gguf(ggufs: list[str], tag: str | None) -> list[str]:
     """The file of that quantization with all its parts; without a tag Q4_K_M, as Ollama has it, else the first."""
-    wanted = [tag] if tag is not None else ["Q4_K_M", "Q4_0", "Q8_0", ""]
+    wanted = [re.escape(tag)] if tag is not None else ["Q4_K_M", "Q4_0", "Q8_0", ".*"]
     for word in wanted:
-        hits = sorted(name for name in ggufs if re.search(rf"(?i)(^|[^a-z0-9]){re.escape(word)}([^a-z0-9]|$)", name))
+        hits = sorted(name for name in ggufs if re.search(rf"(?i)(^|[^a-z0-9]){word}([^a-z0-9]|$)", name))
         if hits:
-            stem = re.sub(r"-\d{5}-of-\d{5}", "", hits[0])
-            return [name for name in hits if re.sub(r"-\d{5}-of-\d{5}", "", name) == stem]
+            stem = GGUF_PART.sub("", hits[0])
+            return [name for name in hits if GGUF_PART.sub("", name) == stem]
     raise NotFound(f"The repository has no GGUF file tagged {tag}. It has: {', '.join(sorted(ggufs)[:20]) or 'none'}.")
 
 
@@ -2549,6 +2656,8 @@ async def _background_pull(job: Job) -> None:
 
 
 async def _finish_job(job: Job, status: JobStatus, error: Exception | None = None) -> None:
+    if job.status in FINAL_STATUSES:  # cancelled in the last moment: the first end counts
+        return
     changes: Json = {"status": status, "finished_at": now_iso(), "speed": None, "eta_seconds": None}
     if error is None:
         log.info("Job %s succeeded: pull %s (%s bytes)", job.id, job.model, job.size_bytes)
@@ -2588,16 +2697,18 @@ async def _fetch_from_hub(job: Job, source: ModelSource) -> tuple[Path, str]:
     """Run a pull worker to its end and keep the job's progress. Raises what the worker reports."""
     assert source.repo is not None
     began, first = time.monotonic(), None
-    async for report in _worker(Fetch(source.repo, source.revision, source.file_tag, job.trust_remote_code)):
-        match report:
-            case Progress(done, total, file):
-                first = done if first is None else first
-                speed = (done - first) / max(time.monotonic() - began, 1e-3)
-                eta = (total - done) / speed if speed > 0 else None
-                changes: Json = {"bytes_done": done, "size_bytes": total, "file": file, "speed": speed}
-                await _update_job(job, durable=False, eta_seconds=eta, **changes)
-            case Fetched(path, revision):
-                return Path(path), revision
+    fetch = Fetch(source.repo, source.revision, source.file_tag, job.trust_remote_code)
+    async with aclosing(_worker(fetch)) as reports:
+        async for report in reports:
+            match report:
+                case Progress(done, total, file):
+                    first = done if first is None else first
+                    speed = (done - first) / max(time.monotonic() - began, 1e-3)
+                    eta = (total - done) / speed if speed > 0 else None
+                    changes: Json = {"bytes_done": done, "size_bytes": total, "file": file, "speed": speed}
+                    await _update_job(job, durable=False, eta_seconds=eta, **changes)
+                case Fetched(path, revision):
+                    return Path(path), revision
     raise EngineFailed("The download process ended without an answer; pull again.")
 
 
@@ -2694,20 +2805,36 @@ async def _forget_model(meta: ModelMeta) -> None:
 
 
 async def delete_model(raw: str) -> None:
-    """Take a model out of memory and off the disk; files that other models share stay. Raises InUse, NotFound."""
+    """Take a model out of memory and off the disk; files that other models use stay. Raises InUse, NotFound."""
     meta = find_model(raw)
-    if meta.name in model_cache:
-        await unload_model(meta.name)
+    if meta.name in loads_in_progress:
+        raise InUse(f"Model {meta.name} is being loaded. Try again when that is through.")
+    await unload_model(meta.name)
     await _forget_model(meta)
-    shared = any(other.local_path == meta.local_path for other in model_meta.values())
-    if shared:
-        return
-    if resolve_name(meta.name).repo is not None:
-        async for _ in _worker(Remove(meta.revision)):
-            break
-    elif Path(meta.local_path).is_relative_to(STATE_DIR):
-        await asyncio.to_thread(shutil.rmtree, Path(meta.local_path).parent, ignore_errors=True)
+    await _remove_files(meta)
     log.info("Deleted %s from disk", meta.name)
+
+
+async def _remove_files(meta: ModelMeta) -> None:
+    """Free what no other model uses: a whole revision, or one GGUF file of several. Packages are left alone."""
+    others = model_meta.values()
+    if any(other.local_path == meta.local_path for other in others):
+        return
+    if Path(meta.local_path).is_relative_to(STATE_DIR):
+        await asyncio.to_thread(shutil.rmtree, Path(meta.local_path).parent, ignore_errors=True)
+    elif any(other.revision == meta.revision for other in others):
+        await asyncio.to_thread(_remove_links, weight_files(meta))
+    elif resolve_name(meta.name).repo is not None:
+        async with aclosing(_worker(Remove(meta.revision))) as reports:
+            await anext(reports)
+
+
+def _remove_links(files: list[Path]) -> None:
+    """Remove files of a Hub snapshot together with the blobs they point to. Blocking."""
+    for file in files:
+        blob = file.resolve()
+        file.unlink()
+        blob.unlink(missing_ok=True)
 
 
 def _clear_failures(name: str) -> None:
@@ -2933,6 +3060,10 @@ def decide_quantization(meta: ModelMeta, gpu: bool, bitsandbytes: bool) -> str:
     return "4bit-nf4" if meta.preferred_quantized or (gpu and bitsandbytes and large) else "none"
 
 
+def _decided_quantization(meta: ModelMeta) -> str:
+    return decide_quantization(meta, bool(gpu_devices()), importlib.util.find_spec("bitsandbytes") is not None)
+
+
 def rungs(meta: ModelMeta) -> tuple[str, ...]:
     """The engines to try, in order."""
     return ("llama.cpp",) if meta.format == "gguf" else LADDER
@@ -3031,9 +3162,12 @@ async def _load(meta: ModelMeta) -> EngineProcess:
     """One load from beginning to end, alone on the device."""
     async with device_lock:
         if (engine := model_cache.get(meta.name)) is not None and engine.alive:
-            return engine
+            if not engine.outdated or engine.pins:
+                return engine
+            await _drop_engine(engine)
         await _evict_lru_if_needed()
         try:
+            await asyncio.to_thread(check_files, meta)
             engine = await _climb_ladder(meta)
         except ServerError as error:
             log.exception("Loading %s failed: %s", meta.name, error)
@@ -3047,7 +3181,7 @@ async def _load(meta: ModelMeta) -> EngineProcess:
 
 async def _climb_ladder(meta: ModelMeta) -> EngineProcess:
     """Try rung after rung, each in a fresh child; keep what each said in the model's ladder. Raises NoBackend."""
-    quantization = decide_quantization(meta, bool(gpu_devices()), importlib.util.find_spec("bitsandbytes") is not None)
+    quantization = _decided_quantization(meta)
     meta.ladder = []
     for backend in rungs(meta):
         try:
@@ -3095,23 +3229,26 @@ async def _cache_model(meta: ModelMeta, engine: EngineProcess) -> None:
     engine.unpin(_expire)  # starts the keep-alive time of a model that is loaded and never asked
 
 
+async def _wait_for_place(why: str) -> None:
+    """Wait until a pin or a model goes away, at most QUEUE_TIMEOUT. Raises NoCapacity with `why`."""
+    try:
+        await asyncio.wait_for(places_changed.wait(), QUEUE_TIMEOUT)
+    except TimeoutError as error:
+        raise NoCapacity(f"{why} Nothing changed within {QUEUE_TIMEOUT:.0f} s.", retry_after=QUEUE_TIMEOUT) from error
+
+
 async def _evict_lru_if_needed() -> None:
     """Make room for one more model: idle ones go, least recently used first; one in use is never touched.
 
-    Waits for a place at most QUEUE_TIMEOUT; raises NoCapacity after that.
+    Raises NoCapacity when every place stays in use.
     """
-    try:
-        async with asyncio.timeout(QUEUE_TIMEOUT):
-            while len(model_cache) >= MAX_CACHE_MODELS:
-                idle = next((engine for engine in model_cache.values() if engine.pins == 0), None)
-                if idle is None:
-                    await places_changed.wait()
-                else:
-                    await _drop_engine(idle)
-                    log.info("Evicted %s from cache (LRU)", idle.spec.model)
-    except TimeoutError as error:
-        text = f"All {MAX_CACHE_MODELS} places for models are in use (MAX_CACHE_MODELS), and none came free in time."
-        raise NoCapacity(text, retry_after=QUEUE_TIMEOUT) from error
+    while len(model_cache) >= MAX_CACHE_MODELS:
+        idle = next((engine for engine in model_cache.values() if engine.pins == 0), None)
+        if idle is None:
+            await _wait_for_place(f"All {MAX_CACHE_MODELS} places for models are in use (MAX_CACHE_MODELS).")
+        else:
+            await _drop_engine(idle)
+            log.info("Evicted %s from cache (LRU)", idle.spec.model)
 
 
 async def _drop_engine(engine: EngineProcess) -> None:
@@ -3188,11 +3325,14 @@ async def _pinned(name: str, keep_alive: float | None) -> EngineProcess:
     meta = find_model(name)
     while True:
         engine = model_cache.get(meta.name)
-        if engine is not None and engine.alive:
+        if engine is None or not engine.alive or (engine.outdated and engine.pins == 0):
+            await load_model(meta.name)
+        elif engine.outdated:
+            await _wait_for_place(f"Model {meta.name} was pulled again, and its old engine is still answering.")
+        else:
             model_cache.move_to_end(meta.name)
             engine.pin(keep_alive)
             return engine
-        await load_model(meta.name)
 
 
 def describe(meta: ModelMeta) -> Json:
@@ -3203,7 +3343,7 @@ def describe(meta: ModelMeta) -> Json:
     shown |= {"backend": None, "quantization": None, "pins": 0, "expires_at": None, "cooldown_seconds": None}
     shown |= msgspec.to_builtins(meta)
     if engine is not None:
-        expires = engine.expires_at and datetime.fromtimestamp(engine.expires_at, UTC).isoformat()
+        expires = engine.expires_at and iso_time(datetime.fromtimestamp(engine.expires_at, UTC))
         shown |= {"backend": engine.spec.backend, "quantization": engine.info.quantization, "pins": engine.pins}
         shown |= {"expires_at": expires, "engine": msgspec.to_builtins(engine.info), "pid": engine.pid}
     if (wait := _in_cooldown(meta.name)) > 0:
@@ -3230,7 +3370,11 @@ def _torch_cuda_version() -> str | None:
 def cuda_facts() -> Json:
     """Whether engines can use CUDA: a device that answers, and a torch built for it."""
     devices, built_for = gpu_devices(), _torch_cuda_version()
-    return {"available": bool(devices) and built_for is not None, "version": built_for, "device_count": len(devices)}
+    return {
+        "available": bool(devices) and built_for is not None,
+        "version": built_for,
+        "driver": devices[0]["driver"] if devices else None,
+    }
 
 
 def _configuration_line() -> str:
@@ -3243,10 +3387,9 @@ def _configuration_line() -> str:
     )
 
 
-def settings() -> Json:
+def public_settings() -> Json:
     """Every setting and its value, without secrets."""
-    names = [name for name in globals() if name.isupper() and not SECRET_SETTINGS.search(name)]
-    public = {name: globals()[name] for name in names if isinstance(globals()[name], str | int | float | Path)}
+    public = {name: value for name, value in SETTINGS.items() if not SECRET_SETTINGS.search(name)}
     return {
         name: str(value) if isinstance(value, Path) or value == FOREVER else value for name, value in public.items()
     }
@@ -3281,7 +3424,7 @@ def diagnosis() -> Json:
         },
         "threads": compute_threads(),
         "loaded": list(model_cache),
-        "settings": settings(),
+        "settings": public_settings(),
     }
 
 
@@ -3301,6 +3444,17 @@ def _with_defaults(request: ChatRequest, meta: ModelMeta) -> ChatRequest:
     return msgspec.structs.replace(request, messages=messages, sampling=msgspec.convert(chosen, Sampling))
 
 
+def _check_requirement_early(request: ChatRequest, meta: ModelMeta) -> None:
+    """Raises RequirementNotMet before anything is loaded or evicted, where the ladder already rules the engine out."""
+    wanted = dict(request.require).get("backend")
+    if wanted is None or meta.name in model_cache:
+        return
+    quantization = _decided_quantization(meta)
+    possible = [rung for rung in rungs(meta) if not cheap_refusal(meta, rung, quantization)]
+    if wanted not in possible:
+        raise RequirementNotMet(f"X-Require asks for backend={wanted}, but {meta.name} can use: {', '.join(possible)}.")
+
+
 def _served_by(engine: EngineProcess, request: ChatRequest) -> ServedBy:
     """The contract of this reply. Raises RequirementNotMet, or BadRequest with STRICT_PARAMETERS."""
     facts = {"backend": engine.spec.backend, "quantization": engine.info.quantization, "revision": engine.revision}
@@ -3313,10 +3467,9 @@ def _served_by(engine: EngineProcess, request: ChatRequest) -> ServedBy:
     window = request.sampling.context_length
     if window is not None and window > engine.info.context_length:
         not_honoured.append("num_ctx")
-    ignored = (*request.ignored, *not_honoured)
-    if ignored and STRICT_PARAMETERS:
-        raise BadRequest(f"Parameters that cannot be honoured: {', '.join(ignored)} (STRICT_PARAMETERS is set).")
-    return ServedBy(**facts, ignored=ignored)
+    served_by = ServedBy(**facts, ignored=(*request.ignored, *not_honoured))
+    contract_headers(served_by)  # here, before the engine begins: it may refuse
+    return served_by
 
 
 @asynccontextmanager
@@ -3335,6 +3488,7 @@ async def _admitted(request: ChatRequest) -> AsyncIterator[None]:
 async def generate(request: ChatRequest) -> AsyncGenerator[Event, None]:
     """Answer a request: Started, Text ..., Done. However this ends, the engine stops and the model is unpinned."""
     began = time.perf_counter()
+    _check_requirement_early(request, find_model(request.model))
     async with _admitted(request), loaded(request.model, request.keep_alive) as engine:
         load_seconds = time.perf_counter() - began
         request = _with_defaults(request, find_model(request.model))
@@ -3384,16 +3538,18 @@ async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -
         await asyncio.wait({task, gone})
 
 
-def contract_headers(started: Started) -> dict[str, str]:
+def contract_headers(served: ServedBy) -> dict[str, str]:
     """What every generation reply says of itself, in header form."""
-    served = started.served_by
     headers = {"X-Backend": served.backend, "X-Quantization": served.quantization, "X-Model-Revision": served.revision}
-    if served.ignored:
-        named = ", ".join(served.ignored)[:1000]
-        headers["X-Ignored-Parameters"] = (
-            named.encode("ascii", "replace").decode().replace("\n", " ").replace("\r", " ")
-        )
-    return headers
+    return headers | ignored_header(served.ignored)
+
+
+def ignored_header(ignored: tuple[str, ...]) -> dict[str, str]:
+    """Name what was not honoured. Raises BadRequest with STRICT_PARAMETERS."""
+    if ignored and STRICT_PARAMETERS:
+        raise BadRequest(f"Parameters that cannot be honoured: {', '.join(ignored)[:1000]} (STRICT_PARAMETERS is set).")
+    printable = re.sub(r"[^\x20-\x7e]", "?", ", ".join(ignored)[:1000])
+    return {"X-Ignored-Parameters": printable} if ignored else {}
 
 
 def _requirements(request: Request) -> tuple[tuple[str, str], ...]:
@@ -3415,11 +3571,11 @@ async def respond(dialect: Dialect, request: Request) -> Response:
         assert isinstance(started, Started)  # every engine says Started first
         if not chat.stream:
             reply = await unless_client_leaves(request, fold(events))
-            return JSONResponse(dialect.whole(chat, reply), headers=contract_headers(started))
+            return JSONResponse(dialect.whole(chat, reply), headers=contract_headers(started.served_by))
     except ServerError as error:
         return error_response(error, dialect.error(error))
     chunks = wire(dialect, chat, started, events)
-    return EventStream(chunks, events, media_type=dialect.media_type, headers=contract_headers(started))
+    return EventStream(chunks, events, media_type=dialect.media_type, headers=contract_headers(started.served_by))
 
 
 async def wire(
@@ -3466,8 +3622,10 @@ async def chat(request: Request) -> Response:
 @app.post("/pull", status_code=202, openapi_extra=_body_schema(PullBody))
 async def pull(request: Request) -> Response:
     """Fetch a model in the background: 202 with a new job, 200 with the open job that does the same."""
-    job, new = await create_job(validated(PullBody, await read_json(request)))
-    return JSONResponse(msgspec.to_builtins(job), 202 if new else 200, {"Location": f"/jobs/{job.id}"})
+    body = validated(PullBody, await read_json(request))
+    headers = ignored_header(tuple(body.model_extra or {}))
+    job, new = await create_job(body)
+    return JSONResponse(msgspec.to_builtins(job), 202 if new else 200, {"Location": f"/jobs/{job.id}", **headers})
 
 
 @app.get("/jobs")
@@ -3583,6 +3741,8 @@ def serve(pull_at_start: list[str]) -> None:
     import uvicorn
 
     _refuse_public_binding()
+    configure_logging()
+    app.state.lock = _claim_state_dir()  # here already: uvicorn turns every failure of the lifespan into a 3
     app.state.pull_at_start = pull_at_start
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when it is through: that is a 0
     uvicorn.run(app, host=HOST, port=PORT, log_level="warning", timeout_graceful_shutdown=int(DRAIN_SECONDS))

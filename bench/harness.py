@@ -95,9 +95,7 @@ class OurServer(Child):
         self._directory = tempfile.TemporaryDirectory(prefix="ai-server-bench-")
         self.port = free_port()
         environment = {"HOST": "127.0.0.1", "PORT": str(self.port), "KEEP_ALIVE": "-1", **scratch(self._directory.name)}
-        super().__init__(
-            [sys.executable, "app.py"], environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        super().__init__([sys.executable, "app.py"], environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.ready_seconds = self._wait_until_ready()
 
     def close(self) -> None:

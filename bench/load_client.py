@@ -107,15 +107,18 @@ def encode(order: Order, body: dict[str, Any]) -> bytes:
     return "\r\n".join(lines).encode() + payload
 
 
+async def connect(stream: Stream, order: Order) -> None:
+    """Open one connection; the clock of its stream is running already."""
+    await asyncio.get_running_loop().create_connection(lambda: stream, order["host"], order["port"])
+
+
 async def carry_out(order: Order) -> Result:
     """Open all connections at once and wait until each is closed."""
     loop = asyncio.get_running_loop()
     streams: list[Stream] = []
     requests = [encode(order, body) for body in order["bodies"]]
     streams.extend(Stream(request, order["leave_after"], streams) for request in requests)
-    await asyncio.gather(
-        *(loop.create_connection(lambda each=stream: each, order["host"], order["port"]) for stream in streams)
-    )
+    await asyncio.gather(*(connect(stream, order) for stream in streams))
     if order["seconds"]:
         for stream in streams:
             loop.call_later(order["seconds"], stream.leave)

@@ -21,9 +21,7 @@ def main() -> None:
     model, path, context_length, threads = sys.argv[1:]
     limit = min(int(context_length), app.MAX_CONTEXT_LENGTH)
     count = -1 if threads == "all" else app.compute_threads()
-    spec = app.EngineSpec(
-        "llama.cpp", model, path, threads=count, context_length=limit, parallel=app.MAX_PARALLEL
-    )
+    spec = app.EngineSpec("llama.cpp", model, path, threads=count, context_length=limit, parallel=app.MAX_PARALLEL)
     key = secrets.token_hex(16)
     # The engine's own settings, not a copy of them: what differs between the two sides is only the way to the server.
     server = xllamacpp.Server(app.LlamaCppEngine()._parameters(xllamacpp, spec, key))

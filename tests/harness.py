@@ -39,13 +39,17 @@ def wait_until(condition: Callable[[], Any], seconds: float = 30, what: str = "t
 class Server:
     """`python app.py` (or the fake-engine variant) as a child of the test."""
 
-    def __init__(self, folder: Path, *arguments: str, fake: bool = False, **settings: str) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, fake: bool = False, as_uvicorn: bool = False, **settings: str
+    ) -> None:
         self.folder = folder
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_file = folder / "app.log"
         self._program = ROOT / ("tests/fakeserver.py" if fake else "app.py")
-        self._arguments = arguments
+        self._command = [sys.executable, str(self._program), *arguments]
+        if as_uvicorn:
+            self._command = [sys.executable, "-m", "uvicorn", "app:app", "--port", str(self.port)]
         self._environment = {
             **os.environ,
             "STATE_DIR": str(folder / "state"),
@@ -68,7 +72,7 @@ class Server:
         """Start the process; with `ready`, wait until it takes requests."""
         self.output = (self.folder / "output.txt").open("ab")
         self.process = subprocess.Popen(
-            [sys.executable, str(self._program), *self._arguments],
+            self._command,
             env=self._environment, stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output, cwd=ROOT,
         )  # fmt: skip
         if ready:
