@@ -1157,6 +1157,8 @@ class LlamaCppEngine:
         stops = [*chosen.pop("stop", ()), *self._stops]
         named = {self.NAMES.get(name, name): value for name, value in chosen.items()}
         named.pop("", None)
+        if named.get("repeat_last_n", 0) < 0:  # "all" is -1 in Ollama, which llama.cpp refuses
+            named["repeat_last_n"] = self._context_length
         return {**named, "prompt": prompt_tokens, "n_predict": room, "stop": stops, "stream": True}
 
     def _events(self, line: str, prompt_tokens: int) -> Iterator[Event]:

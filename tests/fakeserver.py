@@ -42,7 +42,7 @@ class FakeEngine:
             case "fake/hangs":
                 await asyncio.Event().wait()
             case "fake/slow":
-                while not (COUNTER.parent / "go").exists():
+                while not (COUNTER.parent / "go").exists():  # noqa: ASYNC110  (the test is another process)
                     await asyncio.sleep(0.01)
         options = tuple(name for name in app.Sampling.__struct_fields__ if name != "typical_p")
         return app.EngineInfo(spec.quantization, CONTEXT_LENGTH, options)

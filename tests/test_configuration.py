@@ -193,8 +193,16 @@ for name, value in json.loads(sys.argv[1]):
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
         os.environ[name] = value
-        import app
-        sys.exit(0)
+        status = 0
+        try:
+            import app
+        except SystemExit as end:
+            status = end.code
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stderr.flush()
+        os._exit(status)  # at once: to take all modules apart again costs more than the import
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     said.seek(0)
     ends.append([status, said.read()])
@@ -395,7 +403,7 @@ def test_server_gets_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("uvicorn.run", lambda application, **rest: calls.append({"app": application, **rest}))
     for name in ("configure_logging", "_claim_state_dir"):
         monkeypatch.setattr(app, name, lambda: None)
-    monkeypatch.setattr(app.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr(app, "PORT", 4321)
     monkeypatch.setattr(app, "DRAIN_SECONDS", 7.0)
     app.serve(["gpt2"])

@@ -320,7 +320,7 @@ json_values = st.recursive(
 fields = st.sampled_from([*app.ChatBody.model_fields, "unknown"])
 
 
-@settings(FINE, max_examples=300)
+@settings(FINE, max_examples=150)
 @given(
     st.dictionaries(fields, json_values, max_size=5),
     st.dictionaries(st.sampled_from(["role", "content", "x"]), json_values),
@@ -424,7 +424,7 @@ def test_wire_bytes() -> None:
 def test_stream_folds_to_whole(texts: list[str], reason: Any, prompt: int, completion: int, seconds: float) -> None:
     """Text, counts, durations and reason are the same both ways; one end line, and it is the last."""
     done = app.Done(reason, prompt, completion, seconds, seconds / 2, seconds / 3, seconds * 2)
-    events = (app.Started(prompt), *map(app.Text, texts), done)
+    events: tuple[app.Event, ...] = (app.Started(prompt), *(app.Text(text) for text in texts), done)
     streamed, one = lines(REQUEST, events), whole(REQUEST, events)
     assert [line["done"] for line in streamed] == [False] * len(texts) + [True]
     assert "".join(line["message"]["content"] for line in streamed) == one["message"]["content"] == "".join(texts)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import app
 
-FINE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=200)
+FINE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=100)
 SAME = settings(FINE, derandomize=True)  # the same examples in every run
 Json = dict[str, Any]
 
@@ -660,7 +660,7 @@ def test_rungs() -> None:
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """The engine libraries that are there; all of them unless a test takes some away."""
     names = {"torch", "transformers", "accelerate", "vllm", "xllamacpp", "bitsandbytes"}
-    monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: object() if name in names else None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in names else None)
     monkeypatch.setattr(app, "ENGINES", dict.fromkeys(("vllm", "transformers", "pipeline", "llama.cpp"), object))
     monkeypatch.setattr(app, "ENGINE_PYTHON_VLLM", "")
     yield names

@@ -271,7 +271,7 @@ class SpyCondition(threading.Condition):
         super().__init__()
         self._arrived = arrived
 
-    def wait_for(self, predicate: Callable[[], bool], timeout: float | None = None) -> bool:
+    def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
         """Tell, then wait."""
         self._arrived.release()
         return super().wait_for(predicate, timeout)

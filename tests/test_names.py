@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils._validators import validate_repo_id
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import app
 
-FINE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=300)
+FINE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=150)
 CATALOGUE = """
 [models."tiny:1m"]
 package = "tiny_package"

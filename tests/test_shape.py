@@ -288,7 +288,7 @@ def test_a_running_server_imports_no_engine_library(tmp_path: Path) -> None:
 def test_public_names_have_docstrings() -> None:
     """Every class, and every public function or method of a public class, says in a sentence what it is for."""
     classes = [node for node in ast.walk(TREE) if isinstance(node, ast.ClassDef)]
-    holders = [TREE, *(each for each in classes if not each.name.startswith("_"))]
+    holders: list[ast.Module | ast.ClassDef] = [TREE, *(each for each in classes if not each.name.startswith("_"))]
     methods = [each for holder in holders for each in holder.body if isinstance(each, Function)]
     named = [*classes, *(each for each in methods if not each.name.startswith("_"))]
     assert len(named) > 100

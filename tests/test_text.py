@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import app
 
-FINE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=300)
+FINE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=150)
 
 letters = st.text("abc\n", max_size=12)  # few letters: stops and their beginnings come up often
 stop_lists = st.lists(st.text("abc\n", max_size=4), max_size=4)
