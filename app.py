@@ -1069,42 +1069,98 @@ def completion_room(prompt_tokens: int, context_length: int, sampling: Sampling)
     return limit - prompt_tokens if asked is None or asked < 0 else min(asked, limit - prompt_tokens)
 
 
+async def events_of_thread(
+    pool: ThreadPoolExecutor, work: Callable[[Callable[[Event], None]], None], cancelled: threading.Event
+) -> AsyncGenerator[Event, None]:
+    """Run blocking `work(emit)` on a thread and yield what it emits; leaving sets `cancelled` for it to see."""
+    loop = asyncio.get_running_loop()
+    events: asyncio.Queue[Event | None] = asyncio.Queue()
+
+    def emit(event: Event) -> None:
+        loop.call_soon_threadsafe(events.put_nowait, event)
+
+    running = loop.run_in_executor(pool, work, emit)
+    running.add_done_callback(lambda _: events.put_nowait(None))
+    try:
+        while (event := await events.get()) is not None:
+            yield event
+        await running
+    finally:
+        cancelled.set()
+        running.cancel()
+
+
+class LlamaCppStream:
+    """One request to llama.cpp: turns its chunks into events, and says when it should stop."""
+
+    def __init__(self, sampling: Sampling, context_length: int) -> None:
+        self._sampling = sampling
+        self._context_length = context_length
+        self._prompt_tokens = self._room = -1
+        self.cancelled = threading.Event()
+        self.error: ServerError | None = None
+        self.emit: Callable[[Event], None] = lambda _: None
+
+    def take(self, chunk: Json) -> bool:
+        """Take one chunk on llama.cpp's thread; true ends the request. Never raises: the caller is native code."""
+        try:
+            if "error" in chunk:
+                raise self._error_of(chunk["error"])
+            return self._read(chunk) or self.cancelled.is_set()
+        except ServerError as error:
+            self.error = error
+            return True
+
+    def _error_of(self, error: Json) -> ServerError:
+        if "n_prompt_tokens" in error:
+            completion_room(error["n_prompt_tokens"], min(self._context_length, error["n_ctx"]), self._sampling)
+        message = f"llama.cpp: {error.get('message', 'unknown error')}"
+        return BadRequest(message) if error.get("code") == 400 else EngineFailed(message)
+
+    def _read(self, chunk: Json) -> bool:
+        if self._prompt_tokens < 0:
+            self._prompt_tokens = chunk["prompt_progress"]["total"]
+            self._room = completion_room(self._prompt_tokens, self._context_length, self._sampling)
+            self.emit(Started(self._prompt_tokens))
+        for choice in chunk["choices"]:
+            if text := choice["delta"].get("content"):
+                self.emit(Text(text))
+            reason = choice["finish_reason"]
+            if reason is None and chunk.get("timings", {}).get("predicted_n", 0) >= self._room:
+                reason = "length"  # the context is full; max_tokens itself is llama.cpp's to count
+            if reason is not None:
+                return self._finish("length" if reason == "length" else "stop", chunk["timings"])
+        return False
+
+    def _finish(self, reason: Literal["stop", "length"], timings: Json) -> bool:
+        prefill, decode = timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000
+        self.emit(Done(reason, self._prompt_tokens, timings["predicted_n"], prefill, decode))
+        return True
+
+
 class LlamaCppEngine:
     """GGUF files on llama.cpp, through the server inside the xllamacpp wheel (continuous batching, prompt cache).
 
-    It listens on a loopback port of its own behind a random key; closing a response stream cancels its request.
+    Its own loopback port stays unused behind a random key. It looks up between batches only, so on a CPU the batches
+    are small: a client that leaves, or one that arrives, waits for one batch at most.
     """
 
-    NAMES: ClassVar[Mapping[str, str]] = {"max_tokens": "n_predict", "context_length": ""}
+    CPU_BATCH = 128
 
     async def load(self, spec: EngineSpec) -> EngineInfo:
         """Start llama.cpp's server on the file."""
-        import httpx
         import xllamacpp
 
-        key = secrets.token_hex(16)
-        self._chat_template = spec.chat_template
         self._stops = PLAIN_TEMPLATE_STOP if spec.chat_template == PLAIN_CHAT_TEMPLATE else ()
-        params = self._parameters(xllamacpp, spec, key)
+        self._context_length = spec.context_length
+        self._threads = ThreadPoolExecutor(max_workers=8 * spec.parallel, thread_name_prefix="llama.cpp")
         try:
-            self._server = await asyncio.to_thread(xllamacpp.Server, params)
+            self._server = await asyncio.to_thread(xllamacpp.Server, self._parameters(xllamacpp, spec))
         except RuntimeError as error:
             raise RungRefused(f"llama.cpp could not load the file: {error}") from error
-        self._client = httpx.AsyncClient(
-            base_url=self._server.listening_address,
-            headers={"Authorization": f"Bearer {key}"},
-            timeout=httpx.Timeout(None, connect=10),
-            # llama.cpp's server closes a connection after a stream without saying so: never reuse one.
-            limits=httpx.Limits(max_keepalive_connections=0),
-            trust_env=False,
-        )
-        facts = (await self._client.get("/v1/models")).json()["data"][0]["meta"]
-        self._context_length = min(spec.context_length or facts["n_ctx_train"], facts["n_ctx_train"])
-        return EngineInfo(
-            quantization=facts["ftype"], context_length=self._context_length, parameter_count=facts["n_params"]
-        )
+        return EngineInfo(quantization=spec.quantization, context_length=spec.context_length)
 
-    def _parameters(self, xllamacpp: Any, spec: EngineSpec, key: str) -> Any:
+    def _parameters(self, xllamacpp: Any, spec: EngineSpec) -> Any:
         """llama.cpp's settings: one shared KV cache for all slots, two full contexts large."""
         params = xllamacpp.CommonParams()
         params.model.path = spec.path
@@ -1112,69 +1168,40 @@ class LlamaCppEngine:
         params.n_parallel = spec.parallel
         params.kv_unified = True
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = spec.threads
-        params.n_threads_http = max(4, spec.parallel + 2)
-        params.api_keys = [key]
+        if not any("GPU" in repr(device["type"]) for device in xllamacpp.get_device_info()):
+            params.n_batch = params.n_ubatch = self.CPU_BATCH
+        params.api_keys = [secrets.token_hex(16)]
         params.ui = params.endpoint_slots = False
         params.verbosity = 1
         if spec.chat_template is not None:
             params.chat_template = spec.chat_template
         return params
 
-    async def _post(self, path: str, body: Json) -> Json:
-        response = await self._client.post(path, json=body)
-        if response.status_code != 200:
-            raise self._error(response.status_code, response.content)
-        return cast(Json, response.json())
-
-    def _error(self, status: int, content: bytes) -> ServerError:
-        """Turn llama.cpp's error body into ours."""
-        with suppress(ValueError, KeyError, TypeError):
-            message = str(json.loads(content)["error"]["message"])
-            return BadRequest(f"llama.cpp: {message}") if status == 400 else EngineFailed(f"llama.cpp: {message}")
-        return EngineFailed(f"llama.cpp answered with status {status}.")
-
     async def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
-        """Render, tokenize, check the length, then pass the tokens on as they come."""
+        """Hand the conversation to llama.cpp, which renders, tokenizes, checks the length and generates."""
+        one = LlamaCppStream(request.sampling, self._context_length)
+        body = self._body(request)
+
+        def work(emit: Callable[[Event], None]) -> None:
+            one.emit = emit
+            self._server.handle_chat_completions(body, one.take)
+            if one.error is not None:
+                raise one.error
+
+        async with aclosing(events_of_thread(self._threads, work, one.cancelled)) as events:
+            async for event in events:
+                yield event
+
+    def _body(self, request: ChatRequest) -> Json:
+        chosen = {**DEFAULT_SAMPLING, **request.sampling.chosen()}
+        chosen.pop("context_length", None)
+        chosen["n_predict"] = chosen.pop("max_tokens", -1)
+        chosen["stop"] = [*chosen.pop("stop", ()), *self._stops]
+        if chosen.get("repeat_last_n", 0) < 0:  # "all" is -1 in Ollama, which llama.cpp refuses
+            chosen["repeat_last_n"] = self._context_length
         messages = [msgspec.structs.asdict(message) for message in request.messages]
-        prompt = (await self._post("/apply-template", {"messages": messages}))["prompt"]
-        tokenized = await self._post("/tokenize", {"content": prompt, "add_special": True, "parse_special": True})
-        prompt_tokens = tokenized["tokens"]
-        room = completion_room(len(prompt_tokens), self._context_length, request.sampling)
-        yield Started(len(prompt_tokens))
-        if room == 0:
-            yield Done("length", len(prompt_tokens), 0, 0.0, 0.0)
-            return
-        body = self._completion_body(request.sampling, prompt_tokens, room)
-        async with self._client.stream("POST", "/completion", json=body) as response:
-            if response.status_code != 200:
-                raise self._error(response.status_code, await response.aread())
-            async for line in response.aiter_lines():
-                for event in self._events(line, len(prompt_tokens)):
-                    yield event
-
-    def _completion_body(self, sampling: Sampling, prompt_tokens: list[int], room: int) -> Json:
-        chosen = {**DEFAULT_SAMPLING, **sampling.chosen()}
-        stops = [*chosen.pop("stop", ()), *self._stops]
-        named = {self.NAMES.get(name, name): value for name, value in chosen.items()}
-        named.pop("", None)
-        if named.get("repeat_last_n", 0) < 0:  # "all" is -1 in Ollama, which llama.cpp refuses
-            named["repeat_last_n"] = self._context_length
-        return {**named, "prompt": prompt_tokens, "n_predict": room, "stop": stops, "stream": True}
-
-    def _events(self, line: str, prompt_tokens: int) -> Iterator[Event]:
-        """Read one line of llama.cpp's event stream."""
-        if not line.startswith(("data: {", "error: {")):
-            return
-        data = json.loads(line.partition(": ")[2])
-        if "error" in data or line.startswith("error"):
-            raise self._error(500, json.dumps({"error": data.get("error", data)}).encode())
-        if data["content"]:
-            yield Text(data["content"])
-        if data["stop"]:
-            timings = data["timings"]
-            reason: Literal["stop", "length"] = "length" if data["stop_type"] == "limit" else "stop"
-            prefill, decode = timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000
-            yield Done(reason, prompt_tokens, data["tokens_predicted"], prefill, decode)
+        progress = {"return_progress": True, "timings_per_token": True, "reasoning_format": "none"}
+        return {**chosen, **progress, "messages": messages, "stream": True}
 
 
 class StepGate:
@@ -1207,18 +1234,11 @@ class StepGate:
 class TokenStream:
     """A transformers streamer for one generation: counts and decodes tokens, applies stop strings, hands over."""
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        end_tokens: frozenset[int],
-        stops: Iterable[str],
-        emit: Callable[[Event], None],
-        gate: StepGate,
-    ) -> None:
+    def __init__(self, tokenizer: Any, end_tokens: frozenset[int], stops: Iterable[str], gate: StepGate) -> None:
         self._decode = _incremental_decoder(tokenizer)
         self._end_tokens = end_tokens
         self._stops = StopStrings(stops)
-        self._emit = emit
+        self.emit: Callable[[Event], None] = lambda _: None
         self._gate = gate
         self._seen_prompt = False
         self._ended = False
@@ -1251,7 +1271,7 @@ class TokenStream:
 
     def _show(self, text: str) -> None:
         if text:
-            self._emit(Text(text))
+            self.emit(Text(text))
 
     def _finished(self) -> bool:
         return self._ended or self._stops.hit is not None
@@ -1364,23 +1384,17 @@ class TransformersEngine:
         if room == 0:
             yield Done("length", len(prompt), 0, 0.0, 0.0)
             return
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event | None] = asyncio.Queue()
-
-        def emit(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
         stops = [*(request.sampling.stop or ()), *(() if self._has_template else PLAIN_TEMPLATE_STOP)]
-        tokens = TokenStream(self._tokenizer, self._end_tokens, stops, emit, self._gate)
-        work = loop.run_in_executor(self._threads, self._generate, request.sampling, prompt, room, tokens)
-        work.add_done_callback(lambda _: events.put_nowait(None))
-        try:
-            while (event := await events.get()) is not None:
+        tokens = TokenStream(self._tokenizer, self._end_tokens, stops, self._gate)
+
+        def work(emit: Callable[[Event], None]) -> None:
+            tokens.emit = emit
+            self._generate(request.sampling, prompt, room, tokens)
+
+        async with aclosing(events_of_thread(self._threads, work, tokens.cancelled)) as events:
+            async for event in events:
                 yield event
-            await work
-            yield tokens.done(len(prompt))
-        finally:
-            tokens.cancelled.set()
+        yield tokens.done(len(prompt))
 
     def _render(self, request: ChatRequest) -> list[int]:
         """The chat template applied and tokenized."""
@@ -2391,6 +2405,15 @@ def _product(shape: Iterable[int]) -> int:
     return result
 
 
+# `general.file_type` of a GGUF file (llama.cpp's enum llama_ftype), as people write it.
+GGUF_FILE_TYPES: Mapping[int, str] = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
+    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS",
+    21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S",
+    29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
+}  # fmt: skip
+
+
 class GGUFReader:
     """Reads the metadata at the head of a GGUF file with every length checked; arrays are skipped, only counted.
 
@@ -2420,7 +2443,18 @@ class GGUFReader:
         tensors, pairs = self._number("<Q"), self._number("<Q")
         if max(tensors, pairs) * 12 > self._size:
             raise self._damaged("it announces more entries than fit into the file")
-        return {self._string(): self._value(self._number("<I")) for _ in range(pairs)}
+        metadata = {self._string(): self._value(self._number("<I")) for _ in range(pairs)}
+        self.parameter_count = sum(self._tensor() for _ in range(tensors))
+        return metadata
+
+    def _tensor(self) -> int:
+        """Read one tensor's entry; returns its number of values. Its data must begin inside the file."""
+        self._string()
+        dimensions = [self._number("<Q") for _ in range(min(self._number("<I"), 8))]
+        _kind, offset = self._number("<I"), self._number("<Q")
+        if offset > self._size:
+            raise self._damaged("a tensor lies outside the file")
+        return _product(dimensions)
 
     def _number(self, form: str) -> Any:
         return struct.unpack(form, self._file.read(struct.calcsize(form)))[0]
@@ -2470,15 +2504,15 @@ def describe_model(source: ModelSource, path: Path, revision: str) -> ModelMeta:
 
 def _describe_gguf(meta: ModelMeta, path: Path) -> None:
     """One GGUF file; a split one is opened by its first part."""
-    head = GGUFReader(path).metadata
-    meta.format = "gguf"
+    reader = GGUFReader(path)
+    head = reader.metadata
+    meta.format, meta.parameter_count = "gguf", reader.parameter_count
     meta.size_bytes = sum(file.stat().st_size for file in weight_files(meta))
     meta.architecture = meta.family = str(head.get("general.architecture", ""))
     meta.context_length = int(head.get(f"{meta.family}.context_length", 0))
     meta.embedding = f"{meta.family}.pooling_type" in head
     meta.has_chat_template = "tokenizer.chat_template" in head
-    tag = re.search(r"(?i)\b(I?Q\d(?:_[A-Z0-9]+)*|BF16|F16|F32)\b", path.name.replace("-", " ").replace(".", " "))
-    meta.stored_quantization = tag[1].upper() if tag else ""
+    meta.stored_quantization = GGUF_FILE_TYPES.get(head.get("general.file_type", -1), "unknown")
 
 
 def _describe_safetensors(meta: ModelMeta, path: Path) -> None:

@@ -4,7 +4,6 @@ Usage: .venv/bin/python bench/bench.py [--quick] [--update-readme]. docs/perform
 """
 
 import argparse
-import os
 import sys
 
 from harness import ROOT, LoadClient, OurServer, Peer, Side
@@ -23,7 +22,7 @@ from measures import (
     throughput,
     warm,
 )
-from report import Row, block, spread, update_readme, verdict, write_results
+from report import Processors, Row, block, spread, update_readme, verdict, write_results
 
 MEBIBYTE = 1024 * 1024
 
@@ -123,13 +122,12 @@ def comparison_rows(client: LoadClient, sides: tuple[Side, Side], plan: Plan, pr
 
 def neighbour_row(what: str, measured: Versus, peer: str, bar: float) -> Row:
     """Tokens a second beside a busy neighbour."""
-    sign = ">=" if bar < 1 else ">= x"
     return Row(
         f"busy neighbour on one core, {what}",
         spread(measured.ours, tenths, " tok/s"),
         spread(measured.peer, tenths, " tok/s") + f" {peer}",
         spread(measured.ratios, seconds),
-        f"{sign} {bar:g}",
+        f">= {bar:g}",
         verdict(measured.ratios, lambda v: v >= bar),
     )
 
@@ -168,8 +166,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: under 2 minutes")
     parser.add_argument("--update-readme", action="store_true", help="replace the table in README.md")
     options = parser.parse_args()
-    load_before = os.getloadavg()[0]
-    text = block(measure(QUICK if options.quick else FULL), options.quick, load_before)
+    processors = Processors()
+    rows = measure(QUICK if options.quick else FULL)
+    text = block(rows, "quick" if options.quick else "full", processors.used_by_others())
     print(text)
     write_results(ROOT / "bench" / "results" / "latest.md", text)
     if options.update_readme:

@@ -10,9 +10,9 @@ import sys
 import time
 from typing import Any, TypedDict
 
-CONTENT = re.compile(rb'"content": ?"[^"]')  # an event that carries text; both servers write it like this
+CONTENT = re.compile(rb'"content":"[^"]')  # an event that carries text; both servers write it like this
 COUNTED = re.compile(rb'"(?:eval_count|predicted_n)": ?(\d+)')  # what the server says at the end; the last one counts
-TAIL = 16  # bytes kept of the chunk before, in case a match spans two
+TAIL = 11  # bytes kept of the chunk before, in case a match spans two: one less than a whole match
 
 
 class Order(TypedDict):

@@ -61,11 +61,30 @@ def processor_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def block(rows: list[Row], quick: bool, load_before: float) -> str:
+class Processors:
+    """What other programs (and a hypervisor) took of the processors while we measured: the noise of the run."""
+
+    def __init__(self) -> None:
+        self._before = self._reading()
+
+    def _reading(self) -> tuple[float, float, float]:
+        """Seconds so far: of all processors, of those busy, and busy for us and the children that have ended."""
+        times = psutil.cpu_times()
+        total = sum(times[:8])  # without guest, which user time holds already
+        own = os.times()
+        return total, total - times.idle - times.iowait, sum(own[:4])
+
+    def used_by_others(self) -> float:
+        """Their share since the start, from 0 to 1. Ask when all children have ended."""
+        total, busy, own = (now - then for now, then in zip(self._reading(), self._before, strict=True))
+        return max(0.0, (busy - own) / total)
+
+
+def block(rows: list[Row], kind: str, used_by_others: float) -> str:
     """Date, machine and table."""
     today = datetime.now(UTC).strftime("%Y-%m-%d")
-    kind = "quick run" if quick else "full run"
-    intro = f"{today}, {kind}: {machine()}; load average before the run {load_before:.1f}."
+    noise = f"other programs used {used_by_others:.0%} of the processors meanwhile"
+    intro = f"{today}, {kind} run: {machine()}; {noise}."
     return f"{intro}\n\n{HEADER}{''.join(row.markdown() for row in rows)}"
 
 

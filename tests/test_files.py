@@ -86,7 +86,7 @@ def test_good_safetensors(folder: Path) -> None:
         safetensors(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,1e999]}}', 4),
         twice(tensor(0, 4), tensor(4, 8), 8),
     ],
-    ids=lambda content: ascii(content[8:40]),
+    ids=lambda content: f"{len(content)} bytes",
 )  # fmt: skip
 def test_damaged_safetensors(content: bytes, folder: Path) -> None:
     """Header too large, cut off or not JSON; gaps, overlaps, bytes too few or too many: seen before native code is."""
@@ -119,6 +119,13 @@ def test_subtly_damaged_safetensors(content: bytes, reason: str, folder: Path) -
     """Headers that are JSON and still nonsense."""
     with pytest.raises(app.BadModelFiles):
         check(content, folder)
+
+
+def test_limit_of_the_header(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A header above the format's limit is not even read."""
+    monkeypatch.setattr(app, "MAX_SAFETENSORS_HEADER_BYTES", 100)
+    with pytest.raises(app.BadModelFiles, match="header is larger"):
+        check(GOOD, folder)
 
 
 def test_truncated_safetensors(folder: Path) -> None:
@@ -244,12 +251,19 @@ def test_gguf_values(kind: int, raw: bytes, value: Any, folder: Path) -> None:
         gguf(pair("a", 9, array(13, 1, bytes(8)))), gguf(pair("a", 9, array(8, 3, text("x")))),
         gguf(pair("a", 9, array(12, 4, bytes(30))), pair("b", 0, b"\0")),
     ],
-    ids=lambda content: ascii(content[16:50]),
+    ids=lambda content: f"{len(content)} bytes",
 )  # fmt: skip
 def test_damaged_gguf(content: bytes, folder: Path) -> None:
     """Wrong magic, lying counts and lengths, unknown types, text that is none."""
     with pytest.raises(app.BadModelFiles, match=r"model\.gguf is not a sound GGUF file"):
         read(content, folder)
+
+
+def test_limit_of_a_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text above any real one is not even read."""
+    monkeypatch.setattr(app, "MAX_GGUF_STRING_BYTES", 10)
+    with pytest.raises(app.BadModelFiles, match="text"):
+        read(GOOD_GGUF, folder)
 
 
 def test_truncated_gguf(folder: Path) -> None:

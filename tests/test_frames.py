@@ -11,11 +11,11 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import msgspec
 import psutil
@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 import app
 
 ROOT = Path(app.__file__).parent
+T = TypeVar("T")
 FINE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 SPEC = app.EngineSpec("llama.cpp", "m", "/nowhere/m.gguf", "Q4_1", True, 3, 2048, 4, "{{ messages }}")
@@ -64,6 +65,11 @@ REPORTS: list[app.Report] = [
     app.Progress(1, 2**50, "model.safetensors"),
     app.Fetched("/path", "abc"),
 ]
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run a scenario; one that hangs fails after half a minute."""
+    return asyncio.run(asyncio.wait_for(work, 30))
 
 
 # -- frames -------------------------------------------------------------------
@@ -105,8 +111,11 @@ def frames_in(data: bytes) -> list[app.Report]:
     return found
 
 
-def test_frames_larger_than_the_pipe() -> None:
-    """A pipe takes 64 KiB at a time; the frame arrives whole, and the next one behind it."""
+@pytest.mark.parametrize("piece", [2**30, 1000])
+def test_frames_larger_than_the_pipe(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The frame arrives whole, and the next one behind it, also where the pipe takes a piece at a time."""
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:piece]))
     reader, writer = os.pipe()
     received = bytearray()
     thread = threading.Thread(target=drain, args=(reader, received))
@@ -227,7 +236,7 @@ def of_id(reports: list[app.Report], id: int) -> list[Any]:
 
 def test_host_answers() -> None:
     """A load and a request: the engine's events under the request's id, those of one turn in one frame."""
-    reports, engine = asyncio.run(host_reports(app.Load(SPEC), generate(5, "a b")))
+    reports, engine = run(host_reports(app.Load(SPEC), generate(5, "a b")))
     assert reports[0] == app.Loaded(app.EngineInfo("none", 100))
     assert of_id(reports, 5) == [
         app.Started(2), app.Text("a"), app.Text("b"), app.Done("stop", 2, 2, 0.0, 0.0),
@@ -238,7 +247,7 @@ def test_host_answers() -> None:
 
 def test_host_keeps_streams_apart() -> None:
     """Several requests at a time; one that fails costs the others nothing."""
-    reports, _ = asyncio.run(host_reports(generate(1, "a raise"), generate(2, "b refuse"), generate(3, "c")))
+    reports, _ = run(host_reports(generate(1, "a raise"), generate(2, "b refuse"), generate(3, "c")))
     text, failed = of_id(reports, 1)[1:]
     assert (text, failed.kind) == (app.Text("a"), "engine_failed")
     assert "secret detail" not in failed.message
@@ -250,14 +259,14 @@ def test_host_keeps_streams_apart() -> None:
 
 def test_host_aborts() -> None:
     """An aborted request closes the engine's stream and says nothing more; an unknown id is nobody's."""
-    reports, engine = asyncio.run(host_reports(generate(1, "a hang b"), app.Abort(1), app.Abort(99)))
+    reports, engine = run(host_reports(generate(1, "a hang b"), app.Abort(1), app.Abort(99)))
     assert of_id(reports, 1) == [app.Started(3), app.Text("a")]
     assert engine.closed == ["a hang b"]
 
 
 def test_host_reports_a_failed_load() -> None:
     """With the cause, its kind and the traceback."""
-    reports, _ = asyncio.run(host_reports(app.Load(msgspec.structs.replace(SPEC, model="broken"))))
+    reports, _ = run(host_reports(app.Load(msgspec.structs.replace(SPEC, model="broken"))))
     (refused,) = reports
     assert isinstance(refused, app.Refused)
     assert (refused.kind, refused.message) == ("start_failed", "ValueError: no such luck")
@@ -394,7 +403,7 @@ def test_life_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A real child answers in frames, has no secret, and is gone within 2 s when its stdin closes."""
     inherited = {**os.environ, "HF_TOKEN": "hf_secret", "API_KEYS": "key_secret", "X_SECRET": "x_secret"}
     monkeypatch.setattr(app, "INHERITED_ENVIRONMENT", inherited)
-    refused, environment, status, rest, own_group = asyncio.run(life_of_an_engine())
+    refused, environment, status, rest, own_group = run(life_of_an_engine())
     assert isinstance(refused, app.Refused)
     assert refused.message == "KeyError: 'nonsense'"
     assert environment["HF_HUB_OFFLINE"] == "1"
@@ -471,10 +480,10 @@ def test_stderr_is_kept() -> None:
         await child.stop()
         return list(child.log_tail)
 
-    lines = asyncio.run(tail("import sys; [print(n, file=sys.stderr) for n in range(100)]"))
+    lines = run(tail("import sys; [print(n, file=sys.stderr) for n in range(100)]"))
     assert lines == [str(number) for number in range(60, 100)]
     code = "import sys; sys.stderr.write('first\\n' + 'x' * 1_000_000 + '\\n'); sys.stderr.flush(); sys.stdout.close()"
-    assert asyncio.run(tail(code))[0] == "first"
+    assert run(tail(code))[0] == "first"
 
 
 # -- one loaded model ---------------------------------------------------------
@@ -519,7 +528,7 @@ def test_streams_of_one_engine_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -
         assert child.sent[2:] == [app.Abort(a)]
         assert engine._streams == {}
 
-    asyncio.run(scenario())
+    run(scenario())
 
 
 def test_errors_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -539,7 +548,7 @@ def test_errors_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
             await waiting
         assert len(child.sent) == 1, "no abort for what has ended"
 
-    asyncio.run(scenario())
+    run(scenario())
 
 
 @pytest.mark.parametrize(
@@ -562,7 +571,7 @@ def test_a_refused_load(kind: str, error: type[app.ServerError], monkeypatch: py
         assert isinstance(raised, app.ServerError)
         assert (str(raised), raised.details) == ("why", "Traceback ...")
 
-    asyncio.run(scenario())
+    run(scenario())
 
 
 @pytest.mark.parametrize(
@@ -592,7 +601,7 @@ def test_keep_alive_of_an_engine(seconds: float, monkeypatch: pytest.MonkeyPatch
         if engine._expiry is not None:
             engine._expiry.cancel()
 
-    asyncio.run(scenario())
+    run(scenario())
 
 
 def test_a_new_request_stops_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -609,4 +618,4 @@ def test_a_new_request_stops_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         assert expired == []
         assert (engine.pins, engine.expires_at, engine.keep_alive) == (1, None, app.KEEP_ALIVE)
 
-    asyncio.run(scenario())
+    run(scenario())
