@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -188,9 +189,15 @@ def array(kind: int, count: int, items: bytes = b"") -> bytes:
     return struct.pack("<IQ", kind, count) + items
 
 
-def gguf(*pairs: bytes, count: int | None = None, tensors: int = 0, magic: bytes = b"GGUF") -> bytes:
+def weights(name: str, shape: tuple[int, ...], offset: int = 0, dimensions: int | None = None) -> bytes:
+    """The entry of a GGUF tensor; `dimensions` lies about the length of its shape."""
+    count = len(shape) if dimensions is None else dimensions
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", count, *shape, 0, offset)
+
+
+def gguf(*pairs: bytes, count: int | None = None, tensors: int = 0, magic: bytes = b"GGUF", tail: bytes = b"") -> bytes:
     """The head of a GGUF file; `count` lies about the number of pairs."""
-    return magic + struct.pack("<IQQ", 3, tensors, len(pairs) if count is None else count) + b"".join(pairs)
+    return magic + struct.pack("<IQQ", 3, tensors, len(pairs) if count is None else count) + b"".join(pairs) + tail
 
 
 LLAMA = (
@@ -199,7 +206,12 @@ LLAMA = (
     pair("tokenizer.ggml.tokens", 9, array(8, 3, text("<s>") + text("é") + text(""))),
     pair("tokenizer.chat_template", 8, text("{{ messages }}")),
 )
-GOOD_GGUF = gguf(*LLAMA, pair("general.file_type", 4, struct.pack("<I", 2)))
+GOOD_GGUF = gguf(
+    *LLAMA,
+    pair("general.file_type", 4, struct.pack("<I", 3)),
+    tensors=2,
+    tail=weights("a", (4, 8)) + weights("b", (16,), 128),
+)
 
 
 def read(content: bytes, folder: Path) -> Json:
@@ -216,9 +228,18 @@ def test_good_gguf(folder: Path) -> None:
         "llama.context_length": 2048,
         "tokenizer.ggml.tokens": 3,
         "tokenizer.chat_template": "{{ messages }}",
-        "general.file_type": 2,
+        "general.file_type": 3,
     }
     assert read(gguf(), folder) == {}
+
+
+def test_parameters_of_gguf(folder: Path) -> None:
+    """The values of all tensors; one without dimensions has one value."""
+    path = folder / "model.gguf"
+    path.write_bytes(GOOD_GGUF)
+    assert app.GGUFReader(path).parameter_count == 4 * 8 + 16
+    path.write_bytes(gguf(tensors=1, tail=weights("a", ())))
+    assert app.GGUFReader(path).parameter_count == 1
 
 
 @pytest.mark.parametrize(
@@ -249,7 +270,10 @@ def test_gguf_values(kind: int, raw: bytes, value: Any, folder: Path) -> None:
         gguf(pair("a", 13, b"\0" * 8)), gguf(pair("a", 2**32 - 1, b"")),
         gguf(pair("a", 9, array(4, 2**63))), gguf(pair("a", 9, array(8, 2**63))), gguf(pair("a", 9, array(9, 2**40))),
         gguf(pair("a", 9, array(13, 1, bytes(8)))), gguf(pair("a", 9, array(8, 3, text("x")))),
-        gguf(pair("a", 9, array(12, 4, bytes(30))), pair("b", 0, b"\0")),
+        gguf(pair("a", 9, array(12, 4, bytes(30))), pair("b", 0, b"\0")), gguf(tensors=1),
+        gguf(tensors=2, tail=weights("a", (4,))), gguf(tensors=1, tail=weights("a", (4,), dimensions=2)),
+        gguf(tensors=1, tail=weights("a", (4,), offset=10_000)),
+        gguf(tensors=1, tail=struct.pack("<Q", 2**60) + bytes(90)),
     ],
     ids=lambda content: f"{len(content)} bytes",
 )  # fmt: skip
@@ -281,6 +305,22 @@ def test_truncated_gguf_that_ends_with_a_list(folder: Path) -> None:
     for size in range(len(content)):
         with pytest.raises(app.BadModelFiles):
             read(content[:size], folder)
+
+
+@pytest.mark.xfail(reason="taken as they are")
+@pytest.mark.parametrize(
+    "tail",
+    [
+        weights("a", (1,) * 8, dimensions=2**32 - 1),  # GGUF has four dimensions at most
+        weights("a", (2**63, 2**63)),  # more values than there are bytes
+        weights("a", (4,), offset=40),  # within the file, but counted from the end of the head
+    ],
+    ids=["dimensions", "shape", "offset"],
+)
+def test_tensors_that_cannot_be(folder: Path, tail: bytes) -> None:
+    """Entries that promise more than there is."""
+    with pytest.raises(app.BadModelFiles):
+        read(gguf(tensors=1, tail=tail), folder)
 
 
 @pytest.mark.xfail(reason="RecursionError escapes: 12 bytes a level are enough")
@@ -441,6 +481,11 @@ def snapshot(tmp_path: Path) -> Snapshot:
     return make
 
 
+def storable(meta: app.ModelMeta) -> bool:
+    """Whether the facts can be read back from the store: a server that cannot does not start again."""
+    return msgspec.json.decode(msgspec.json.encode(meta), type=app.ModelMeta) == meta
+
+
 LLAMA_CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 4096}
 
 
@@ -457,6 +502,7 @@ def test_describe_safetensors(snapshot: Snapshot) -> None:
     assert (meta.format, meta.size_bytes, meta.parameter_count) == ("safetensors", 2 * len(GOOD), 12)
     assert (meta.family, meta.architecture, meta.context_length) == ("llama", "LlamaForCausalLM", 4096)
     assert not (meta.mixture_of_experts or meta.custom_code or meta.embedding or meta.stored_quantization)
+    assert storable(meta)
 
 
 @pytest.mark.parametrize(
@@ -523,16 +569,25 @@ def test_damaged_snapshots(config: Any, contents: dict[str, bytes], snapshot: Sn
     [
         [], 5, "[" * 100_000, '{"max_position_embeddings": 1e999}', *({**LLAMA_CONFIG, **change} for change in (
             {"text_config": "x"}, {"max_position_embeddings": "long"}, {"num_experts": "x"},
-            {"quantization_config": "awq"}, {"architectures": {"a": 1}}, {"architectures": 5},
+            {"quantization_config": "awq"}, {"model_type": "\ud800"}, {"architectures": {"a": 1}}, {"architectures": 5},
         )),
     ],
     ids=lambda config: str(config)[-30:],
 )  # fmt: skip
 def test_odd_configs(config: Any, snapshot: Snapshot) -> None:
-    """Valid JSON of the wrong types is a damaged snapshot, not an internal error."""
+    """Valid JSON of the wrong types is a damaged snapshot, not an internal error; else the facts can be stored."""
     path = snapshot(config, model__safetensors=GOOD)
     with suppress(app.BadModelFiles):
-        assert isinstance(described(path), app.ModelMeta)
+        assert storable(described(path))
+
+
+@pytest.mark.xfail(reason="2.5 parameters are stored, and the next start of the server fails when it reads them back")
+def test_hostile_header_does_not_end_the_server(snapshot: Snapshot) -> None:
+    """Whatever a header says, what is kept of it can be read again."""
+    header = {"a": {**tensor(0, 4), "shape": [2.5]}}
+    path = snapshot(LLAMA_CONFIG, model__safetensors=safetensors(header, 4))
+    with suppress(app.BadModelFiles):
+        assert storable(described(path))
 
 
 @pytest.mark.xfail(reason="the index of the weights is not compared with the files that are there")
@@ -546,13 +601,14 @@ def test_missing_shard(snapshot: Snapshot) -> None:
 
 
 def test_describe_gguf_file(tmp_path: Path) -> None:
-    """One file: format, family, context, template, and the quantization in its name."""
-    path = tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    """One file: format, family, context, template, parameters, and the quantization."""
+    path = tmp_path / "model.gguf"
     path.write_bytes(GOOD_GGUF)
     meta = described(path)
     assert (meta.format, meta.local_path, meta.size_bytes) == ("gguf", str(path), len(GOOD_GGUF))
     assert (meta.family, meta.architecture, meta.context_length) == ("llama", "llama", 2048)
     assert (meta.has_chat_template, meta.embedding, meta.stored_quantization) == (True, False, "Q4_1")
+    assert meta.parameter_count == 48
 
 
 def test_describe_split_gguf(tmp_path: Path) -> None:
@@ -560,7 +616,7 @@ def test_describe_split_gguf(tmp_path: Path) -> None:
     for name in ("m-Q8_0-00001-of-00002", "m-Q8_0-00002-of-00002", "m-Q4_0-00001-of-00001", "other"):
         (tmp_path / f"{name}.gguf").write_bytes(GOOD_GGUF)
     meta = described(tmp_path / "m-Q8_0-00001-of-00002.gguf")
-    assert (meta.size_bytes, meta.stored_quantization) == (2 * len(GOOD_GGUF), "Q8_0")
+    assert (meta.size_bytes, meta.stored_quantization) == (2 * len(GOOD_GGUF), "Q4_1")
     assert [file.name for file in app.weight_files(meta)] == [
         "m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf",
     ]  # fmt: skip
@@ -598,17 +654,28 @@ def test_safetensors_win_over_gguf(snapshot: Snapshot) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "quantization"),
+    ("value", "quantization"),
     [
-        ("gemma-3-270m-q4_k_m.gguf", "Q4_K_M"), ("m.Q4_K_M.gguf", "Q4_K_M"), ("m-IQ4_XS.gguf", "IQ4_XS"),
-        ("m-F16.gguf", "F16"), ("m-bf16-00001-of-00002.gguf", "BF16"), ("model.gguf", ""), ("m-Q8_0.gguf", "Q8_0"),
-        pytest.param("llama_Q4_K_M.gguf", "Q4_K_M", marks=pytest.mark.xfail(reason="an underscore before the tag")),
+        (struct.pack("<II", 4, 0), "F32"), (struct.pack("<II", 4, 15), "Q4_K_M"), (struct.pack("<II", 4, 30), "IQ4_XS"),
+        (struct.pack("<II", 4, 32), "BF16"), (struct.pack("<II", 4, 999), "unknown"),
+        (struct.pack("<Ii", 5, -1), "unknown"), (struct.pack("<I", 8) + text("Q4_0"), "unknown"),
+        (struct.pack("<I", 9) + array(4, 2, bytes(8)), None), (b"", "unknown"),
     ],
 )  # fmt: skip
-def test_quantization_in_a_name(name: str, quantization: str, tmp_path: Path) -> None:
-    """The file type as it is usually written."""
-    (tmp_path / name).write_bytes(GOOD_GGUF)
-    assert described(tmp_path / name).stored_quantization == quantization
+def test_quantization_of_gguf(value: bytes, quantization: str | None, tmp_path: Path) -> None:
+    """What the file says of itself, whatever its name is; nonsense is `unknown` and no error."""
+    path = tmp_path / "model-Q8_0.gguf"
+    path.write_bytes(gguf(text("general.file_type") + value) if value else gguf())
+    stored = described(path).stored_quantization
+    assert stored == quantization if quantization else isinstance(stored, str)
+
+
+def test_names_of_file_types() -> None:
+    """The numbers are those of the format's own library."""
+    library = pytest.importorskip("gguf")
+    names = {int(member): member.name.removeprefix("ALL_").removeprefix("MOSTLY_") for member in library.LlamaFileType}
+    for number, name in app.GGUF_FILE_TYPES.items():
+        assert names[number].removesuffix("_MOE") == name
 
 
 def test_gguf_facts(tmp_path: Path) -> None:
@@ -738,11 +805,12 @@ def test_missing_bitsandbytes_refuses_four_bit(installed: set[str]) -> None:
     assert app.cheap_refusal(meta_of(), "transformers", "none") == ""
 
 
-@pytest.mark.xfail(reason="a GGUF file without a type in its name, pulled with quantize=4bit, is refused for no reason")
-def test_missing_bitsandbytes_is_nothing_to_llama_cpp(installed: set[str]) -> None:
-    """A GGUF file is quantized or not, bitsandbytes has no part in it."""
+def test_missing_bitsandbytes_is_nothing_to_llama_cpp(installed: set[str], tmp_path: Path) -> None:
+    """A GGUF file is quantized or not, bitsandbytes has no part in it, even if 4-bit was asked for."""
     installed.discard("bitsandbytes")
-    meta = meta_of(format="gguf", preferred_quantized=True)
+    (tmp_path / "model.gguf").write_bytes(gguf())
+    meta = described(tmp_path / "model.gguf")
+    meta.preferred_quantized = True
     assert app.cheap_refusal(meta, "llama.cpp", app.decide_quantization(meta, False, False)) == ""
 
 

@@ -103,6 +103,19 @@ def make_server(stub: HubStub, folder: Path, *arguments: str, **more: Any) -> Se
     return Server(folder, *arguments, **{"HF_ENDPOINT": stub.url, "HF_HOME": str(folder / "hub"), **more})
 
 
+@contextmanager
+def started(server: Server) -> Iterator[Server]:
+    """A server that the test itself stops, kills or starts again; nothing of it is left afterwards."""
+    server.start()
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.kill()
+        server.output.close()
+        server.client.close()
+
+
 def kill(server: Server) -> None:
     """`kill -9`, and close the file that took its output."""
     server.kill()
@@ -689,7 +702,7 @@ def test_a_bad_name_at_the_start_is_said_in_a_line(stub: HubStub, tmp_path: Path
     server = make_server(stub, tmp_path, "--pull", name)
     server.start(ready=False)
     status = server.process.wait(timeout=30)
-    server.stop()
+    server.output.close()
     output = (tmp_path / "output.txt").read_text()
     assert status not in (0, None)
     assert name in output or "invalid model name" in output
@@ -823,26 +836,27 @@ def test_open_jobs_go_on_after_a_restart(stub: HubStub, tmp_path: Path, how: str
     for name in ("restart/one", "restart/two"):
         stub.add(name, model())
         stall(stub, name)
-    server = make_server(stub, tmp_path, MAX_CONCURRENT_PULLS="1")
-    server.start()
-    before = [accepted(server, name) for name in ("restart/one", "restart/two")]
-    stalled(stub)
-    started = job_of(server, before[0]["id"])
-    assert [job["status"] for job in jobs_of(server)] == ["queued", "running"]
-    children = server.children()
-    if how == "SIGTERM":
-        assert server.stop() == 0
-        assert ended(children)
-    else:
-        kill(server)
-        wait_until(lambda: ended(children), 2, "the end of the worker")
-    stub.clear_faults()
-    with server:
+    with started(make_server(stub, tmp_path, MAX_CONCURRENT_PULLS="1")) as server:
+        before = [accepted(server, name) for name in ("restart/one", "restart/two")]
+        stalled(stub)
+        first_start = job_of(server, before[0]["id"])["started_at"]
+        assert [job["status"] for job in jobs_of(server)] == ["queued", "running"]
+        children = server.children()
+        assert children
+        if how == "SIGTERM":
+            assert server.stop() == 0
+            assert ended(children)
+        else:
+            kill(server)
+            wait_until(lambda: ended(children), 2, "the end of the worker")
+        stub.clear_faults()
+        server.start()
         assert {job["id"] for job in jobs_of(server)} == {job["id"] for job in before}
         ends = [server.finished(job["id"]) for job in before]
+        server.stop()
     assert [end["status"] for end in ends] == ["succeeded", "succeeded"]
     assert [end["created_at"] for end in ends] == [job["created_at"] for job in before]
-    assert ends[0]["started_at"] == started["started_at"]
+    assert ends[0]["started_at"] == first_start
 
 
 @pytest.mark.xfail(strict=True, reason="an open events stream holds the shutdown for DRAIN_SECONDS, then is cut")
@@ -850,15 +864,14 @@ def test_a_watcher_does_not_hold_up_the_shutdown(stub: HubStub, tmp_path: Path) 
     """SIGTERM with a job that hangs and somebody who watches: the stream ends in good order."""
     stub.add("restart/watched", model())
     stall(stub, "restart/watched")
-    server = make_server(stub, tmp_path, DRAIN_SECONDS="2")
-    server.start()
-    job = accepted(server, "restart/watched")
-    stalled(stub)
-    with watching(server, job["id"]) as events:
-        assert next(events)[0] == "progress"
-        assert server.stop() == 0
-        with suppress(httpx.RemoteProtocolError):
-            list(events)
+    with started(make_server(stub, tmp_path, DRAIN_SECONDS="2")) as server:
+        job = accepted(server, "restart/watched")
+        stalled(stub)
+        with watching(server, job["id"]) as events:
+            assert next(events)[0] == "progress"
+            assert server.stop() == 0
+            with suppress(httpx.RemoteProtocolError):
+                list(events)
     output = (tmp_path / "output.txt").read_text()
     assert "graceful shutdown exceeded" not in output
     assert "Traceback" not in output
@@ -868,32 +881,32 @@ def test_every_acknowledged_pull_survives_a_kill_in_a_burst(stub: HubStub, tmp_p
     """`kill -9` while pulls are coming in: whatever was answered with 202 is there after the restart."""
     stub.add("restart/burst", model())
     stub.fault("stall", "/api/models/restart/burst*", at_bytes=-1, times=FOREVER)
-    server = make_server(stub, tmp_path, MAX_CONCURRENT_PULLS="1")
-    server.start()
     acknowledged: list[str] = []
     enough = threading.Event()
+    with started(make_server(stub, tmp_path, MAX_CONCURRENT_PULLS="1")) as server:
 
-    def post(number: int) -> None:
-        with suppress(httpx.TransportError):
-            body = {"model": "restart/burst", "revision": f"r{number}"}
-            reply = httpx.post(f"{server.url}/pull", json=body, timeout=30, trust_env=False)
-            assert reply.status_code == 202
-            acknowledged.append(reply.json()["id"])
-        if len(acknowledged) >= 20:
-            enough.set()
+        def post(number: int) -> None:
+            with suppress(httpx.TransportError):
+                body = {"model": "restart/burst", "revision": f"r{number}"}
+                reply = httpx.post(f"{server.url}/pull", json=body, timeout=30, trust_env=False)
+                assert reply.status_code == 202
+                acknowledged.append(reply.json()["id"])
+            if len(acknowledged) >= 20:
+                enough.set()
 
-    with ThreadPoolExecutor(8) as threads:
-        replies = [threads.submit(post, number) for number in range(200)]
-        assert enough.wait(60)
-        kill(server)
-    for done in replies:
-        done.result()
-    assert 20 <= len(acknowledged) < 200
-    with server:
+        with ThreadPoolExecutor(8) as threads:
+            replies = [threads.submit(post, number) for number in range(200)]
+            assert enough.wait(60)
+            kill(server)
+        for reply in replies:
+            reply.result()
+        assert 20 <= len(acknowledged) < 200
+        server.start()
         statuses = {job["id"]: job["status"] for job in jobs_of(server)}
-        assert set(acknowledged) <= set(statuses)
-        assert set(statuses.values()) <= {"queued", "running"}
+        server.stop()
     stub.clear_faults()
+    assert set(acknowledged) <= set(statuses)
+    assert set(statuses.values()) <= {"queued", "running"}
 
 
 class JobsOverRestarts(RuleBasedStateMachine):
