@@ -39,6 +39,8 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # torch
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # huggingface_hub reads it at import
 os.environ.setdefault("DO_NOT_TRACK", "1")  # vLLM and others send usage statistics without it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its thread pool would fight the engine's compute threads
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # the same, in vLLM's words
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # forking a process with threads can deadlock
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle compute threads sleep: a spinning one stalls its neighbours
 
 ###############################################################################
@@ -205,6 +207,9 @@ ENGINE_THREADS = _read(
 )
 ENGINE_PYTHON_VLLM = _read("ENGINE_PYTHON_VLLM", os.getenv("ENGINE_PYTHON_VLLM", ""), str)
 MAX_CONTEXT_LENGTH = _read("MAX_CONTEXT_LENGTH", os.getenv("MAX_CONTEXT_LENGTH", "8192"), _whole(1))
+KV_CACHE_BYTES = _read(
+    "KV_CACHE_BYTES", os.getenv("KV_CACHE_BYTES", "auto"), lambda value: 0 if value == "auto" else _whole(1)(value)
+)
 MAX_PARALLEL = _read("MAX_PARALLEL", os.getenv("MAX_PARALLEL", "8"), _whole(1))
 LOAD_TIMEOUT = _read("LOAD_TIMEOUT", os.getenv("LOAD_TIMEOUT", "30m"), _seconds)
 STATE_DIR = _read(
@@ -948,6 +953,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     context_length: int = 0
     parallel: int = 8
     chat_template: str | None = None
+    kv_cache_bytes: int = 0
+    memory_share: float = 0.9
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -1363,7 +1370,7 @@ class TransformersEngine:
         listed = ends if isinstance(ends, list) else [ends]
         known = [end for end in [*listed, self._tokenizer.eos_token_id] if end is not None]
         self._end_tokens = frozenset(known)
-        self._defaults = {**DEFAULT_SAMPLING, **_sampling_of(own)}
+        self._defaults = {**DEFAULT_SAMPLING, **_sampling_of(own.to_dict())}
         pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else next(iter(known), 0)
         self._model.generation_config = GenerationConfig(eos_token_id=known or None, pad_token_id=pad)
         self._has_template = bool(self._tokenizer.chat_template)
@@ -1528,11 +1535,11 @@ def _stored_quantization(config: Any) -> str:
     return str(getattr(method, "value", method) or "none")
 
 
-def _sampling_of(generation_config: Any) -> Json:
+def _sampling_of(generation_config: Mapping[str, Any]) -> Json:
     """What a model's generation_config.json says about sampling, in our names."""
-    names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
-    names |= {"typical_p": "typical_p", "repetition_penalty": "repeat_penalty"}
-    values = {ours: getattr(generation_config, theirs, None) for theirs, ours in names.items()}
+    names = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+    values = {name: generation_config.get(name) for name in names}
+    values["repeat_penalty"] = generation_config.get("repetition_penalty")
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -1600,7 +1607,133 @@ class _SeededChoice:
         return torch.full_like(scores, float("-inf")).scatter(-1, chosen, 0.0)
 
 
+class VLLMEngine:
+    """The first rung: vLLM's AsyncLLM, with vLLM's own chat rendering, scheduling and sampling.
+
+    Two steps: the configuration says within seconds, and in its own words, what is unsupported; then the engine starts.
+    """
+
+    OPTIONS = tuple(name for name in Sampling.__struct_fields__ if name not in ("typical_p", "repeat_last_n"))
+
+    async def load(self, spec: EngineSpec) -> EngineInfo:
+        """Configure, start, and watch the engine core."""
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments = await asyncio.to_thread(self._arguments, spec)
+        try:
+            config = await asyncio.to_thread(arguments.create_engine_config, UsageContext.OPENAI_API_SERVER)
+        except (ValueError, NotImplementedError) as error:
+            raise RungRefused(f"vLLM: {_first_sentence(error)}") from error
+        self._engine = await asyncio.to_thread(AsyncLLM.from_vllm_config, config)
+        await self._engine.get_supported_tasks()  # starts its reader on this loop
+        self._watch = asyncio.create_task(self._end_with_the_core())
+        self._chat_template = spec.chat_template
+        model = self._engine.model_config
+        self._defaults = {**DEFAULT_SAMPLING, **_sampling_of(model.get_diff_sampling_param())}
+        dtype = str(model.dtype).removeprefix("torch.")
+        return EngineInfo(spec.quantization, model.max_model_len, self.OPTIONS, dtype=dtype, device=_vllm_device())
+
+    def _arguments(self, spec: EngineSpec) -> Any:
+        """vLLM's settings: an explicit KV size, so that several models share a device; eager on CPUs, to start soon."""
+        from vllm import AsyncEngineArgs
+
+        on_cpu = _vllm_device() == "cpu"
+        dtype = "auto" if not on_cpu or _cpu_has_bfloat16() else "float32"
+        return AsyncEngineArgs(
+            model=spec.path,
+            served_model_name=[spec.model],
+            dtype=dtype,
+            max_model_len=-1,  # as long as the model allows and the KV cache holds
+            max_num_seqs=64 if on_cpu else 512,
+            kv_cache_memory_bytes=spec.kv_cache_bytes,
+            gpu_memory_utilization=spec.memory_share,
+            enforce_eager=on_cpu,
+            trust_remote_code=spec.trust_remote_code,
+            generation_config="auto",
+        )
+
+    async def _end_with_the_core(self) -> None:
+        """When the engine core dies this process is of no use: end it, and the server loads the model again."""
+        while not self._engine.errored:
+            await asyncio.sleep(0.2)
+        log.error("vLLM's engine core died")
+        end_process_group()
+
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
+        """Render, check the length, generate deltas; closing this iterator aborts the request in vLLM."""
+        prompt = await self._render(request)
+        prompt_tokens = len(prompt["prompt_token_ids"])
+        room = completion_room(prompt_tokens, self._engine.model_config.max_model_len, request.sampling)
+        yield Started(prompt_tokens)
+        if room == 0:
+            yield Done("length", prompt_tokens, 0, 0.0, 0.0)
+            return
+        began = first = time.perf_counter()
+        tokens = 0
+        outputs = self._engine.generate(prompt, self._sampling(request.sampling, room), secrets.token_hex(8))
+        async with aclosing(outputs):
+            async for output in outputs:
+                completion = output.outputs[0]
+                first = time.perf_counter() if tokens == 0 else first
+                tokens += len(completion.token_ids)
+                if completion.text:
+                    yield Text(completion.text)
+                if completion.finish_reason in ("error", "abort"):
+                    raise EngineFailed(f"vLLM ended the request with {completion.finish_reason}.")
+                if completion.finish_reason is not None:
+                    reason: Literal["stop", "length"] = "length" if completion.finish_reason == "length" else "stop"
+                    yield Done(reason, prompt_tokens, tokens, first - began, time.perf_counter() - first)
+
+    async def _render(self, request: ChatRequest) -> Any:
+        """The chat template by vLLM's renderer, which also knows models that have no Jinja template."""
+        from vllm.renderers import ChatParams, TokenizeParams
+
+        messages = [msgspec.structs.asdict(message) for message in request.messages]
+        template = {"add_generation_prompt": True, "continue_final_message": False, "tokenize": False}
+        chat = ChatParams(chat_template=self._chat_template, chat_template_kwargs=template)
+        unlimited = TokenizeParams(max_total_tokens=None, add_special_tokens=False)
+        try:
+            _, prompts = await self._engine.renderer.render_chat_async([messages], chat, unlimited)
+        except ValueError as error:
+            raise BadRequest(f"The model's chat template refuses these messages: {_first_sentence(error)}") from error
+        return prompts[0]
+
+    def _sampling(self, sampling: Sampling, room: int) -> Any:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        chosen = {**self._defaults, **sampling.chosen()}
+        stops = [*chosen.get("stop", ()), *(PLAIN_TEMPLATE_STOP if self._chat_template else ())]
+        seed = chosen.get("seed")
+        return SamplingParams(
+            max_tokens=room,
+            temperature=chosen["temperature"],
+            top_p=chosen["top_p"] or 1.0,
+            top_k=max(0, chosen["top_k"]),
+            min_p=chosen["min_p"],
+            seed=None if seed is None or seed < 0 else seed,
+            stop=stops,
+            repetition_penalty=chosen.get("repeat_penalty", 1.0),
+            presence_penalty=chosen.get("presence_penalty", 0.0),
+            frequency_penalty=chosen.get("frequency_penalty", 0.0),
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+
+def _vllm_device() -> str:
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
+
+
+def _first_sentence(error: BaseException) -> str:
+    """The line of an error that says something: pydantic wraps vLLM's own words in several."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "validation error" not in line]
+    return (lines[0] if lines else type(error).__name__).removeprefix("Value error, ").split(" [type=")[0][:500]
+
+
 ENGINES: dict[str, type[Engine]] = {
+    "vllm": VLLMEngine,
     "llama.cpp": LlamaCppEngine,
     "transformers": TransformersEngine,
     "pipeline": PipelineEngine,
@@ -2366,7 +2499,7 @@ def find_model(raw: str) -> ModelMeta:
     for known, meta in model_meta.items():
         if known.lower() == name.lower():
             return meta
-    raise NotFound(f"Model {raw} not found: it is not available locally. Use /pull to download it.")
+    raise NotFound(f"Model {raw} not found: not available locally. Use /pull to download.")
 
 
 def check_safetensors(path: Path) -> int:
@@ -3109,6 +3242,10 @@ def cheap_refusal(meta: ModelMeta, backend: str, quantization: str) -> str:
     """Why a rung cannot serve a model, as far as that is known without starting it; else an empty text."""
     if reason := engine_unavailable(backend):
         return reason
+    if backend == "vllm" and quantization != "none" and importlib.util.find_spec("vllm_bnb_plugin") is None:
+        return "4-bit nf4 weights need the package vllm-bnb-plugin"
+    if backend == "vllm" and meta.custom_code and not meta.trust_remote_code:
+        return "the model needs custom code from its repository, which was not granted at /pull"
     if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         return "4-bit was asked for, but bitsandbytes is not installed"
     if backend == "transformers" and meta.mixture_of_experts:
@@ -3127,9 +3264,22 @@ def compute_threads() -> int:
     return ENGINE_THREADS or max(1, available - 1)
 
 
+def kv_cache_bytes(meta: ModelMeta, devices: list[Json]) -> tuple[int, float]:
+    """How much KV cache an engine that reserves it gets, and the share of the device that makes with the weights.
+
+    A device is divided between MAX_CACHE_MODELS models; a CPU gets a gibibyte.
+    """
+    if not devices:
+        return KV_CACHE_BYTES or 1024 * MEBIBYTE, 0.9
+    total = devices[0]["total_bytes"]
+    overhead = meta.size_bytes + 2048 * MEBIBYTE
+    cache = KV_CACHE_BYTES or max(1024 * MEBIBYTE, int(0.9 * total / MAX_CACHE_MODELS) - overhead)
+    return cache, min(0.95, (cache + overhead) / total)
+
+
 def _engine_spec(meta: ModelMeta, backend: str, quantization: str) -> EngineSpec:
     limit = min(meta.context_length or MAX_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH)
-    plain = backend == "llama.cpp" and not meta.has_chat_template
+    cache, share = kv_cache_bytes(meta, gpu_devices())
     return EngineSpec(
         backend=backend,
         model=meta.name,
@@ -3139,7 +3289,9 @@ def _engine_spec(meta: ModelMeta, backend: str, quantization: str) -> EngineSpec
         threads=compute_threads(),
         context_length=limit,
         parallel=MAX_PARALLEL,
-        chat_template=PLAIN_CHAT_TEMPLATE if plain else None,
+        chat_template=None if meta.has_chat_template else PLAIN_CHAT_TEMPLATE,
+        kv_cache_bytes=cache,
+        memory_share=share,
     )
 
 

@@ -6,7 +6,6 @@ Usage: .venv/bin/python bench/bench.py [--quick] [--update-readme]. docs/perform
 import argparse
 import sys
 
-from harness import ROOT, LoadClient, OurServer, Peer, Side
 from measures import (
     FULL,
     MANY,
@@ -22,6 +21,7 @@ from measures import (
     throughput,
     warm,
 )
+from processes import ROOT, LoadClient, OurServer, Peer, Side
 from report import Processors, Row, block, spread, update_readme, verdict, write_results
 
 MEBIBYTE = 1024 * 1024

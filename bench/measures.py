@@ -9,8 +9,8 @@ from itertools import count
 from statistics import median
 
 import psutil
-from harness import ROOT, LoadClient, Neighbour, OurServer, Peer, Side
 from load_client import Result
+from processes import ROOT, LoadClient, Neighbour, OurServer, Peer, Side
 
 MANY = 8  # streams at once, next to 1
 IDLE_SECONDS = 0.15  # an engine that has used no processor time for so long is idle

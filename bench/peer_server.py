@@ -24,7 +24,9 @@ def main() -> None:
     spec = app.EngineSpec("llama.cpp", model, path, threads=count, context_length=limit, parallel=app.MAX_PARALLEL)
     key = secrets.token_hex(16)
     # The engine's own settings, not a copy of them: what differs between the two sides is only the way to the server.
-    server = xllamacpp.Server(app.LlamaCppEngine()._parameters(xllamacpp, spec, key))
+    params = app.LlamaCppEngine()._parameters(xllamacpp, spec)
+    params.api_keys = [key]
+    server = xllamacpp.Server(params)
     print(json.dumps({"address": server.listening_address, "key": key}), flush=True)
     sys.stdin.read()
 

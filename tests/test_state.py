@@ -1,8 +1,9 @@
-"""State that cannot be written, disks that fill up, signals and kills: said at once, nothing lost, nothing left behind."""
+"""State that cannot be written, disks that fill, signals and kills: said at once, nothing lost, nothing left."""
 
 import asyncio
 import errno
 import os
+import re
 import shutil
 import signal
 import socket
@@ -28,7 +29,9 @@ CONFIGURATION = b'{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}'
 HEADER = b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
 MODEL = {"config.json": CONFIGURATION, "model.safetensors": struct.pack("<Q", len(HEADER)) + HEADER + bytes(8)}
 MEBIBYTE = 1024 * 1024
-LEAVES_WITH_3 = "uvicorn turns SystemExit in the lifespan into status 3, and prints a traceback"
+TOO_LITTLE = pytest.mark.xfail(
+    strict=True, reason="DiskFull in restore_state: uvicorn prints a traceback and ends with 3"
+)
 
 
 # -- servers, disks, processes ------------------------------------------------
@@ -177,46 +180,25 @@ def integrity(server: Server) -> str:
 # -- a state directory that cannot be used ------------------------------------
 
 
-@pytest.fixture
-def unwritable(stub: HubStub, tmp_path: Path) -> Server:
-    """A server whose STATE_DIR is below a regular file, which not even root can change."""
+def test_an_unwritable_state_dir_is_said_at_once(stub: HubStub, tmp_path: Path) -> None:
+    """Below a regular file not even root can write: 73 within 5 s, one line with the setting and the folder, no port."""
     (tmp_path / "file").write_text("in the way")
-    return make_server(stub, tmp_path, STATE_DIR=str(tmp_path / "file" / "state"))
-
-
-def test_an_unwritable_state_dir_is_said_at_once(unwritable: Server, tmp_path: Path) -> None:
-    """The process ends within 5 s, never listens, and names the setting and the folder."""
-    assert refuses_to_start(unwritable) != 0
-    output = output_of(unwritable)
-    assert "STATE_DIR" in output
-    assert str(tmp_path / "file" / "state") in output
-
-
-@pytest.mark.xfail(strict=True, reason=LEAVES_WITH_3)
-def test_an_unwritable_state_dir_has_its_own_exit_status(unwritable: Server) -> None:
-    """73, and no traceback."""
-    assert refuses_to_start(unwritable) == 73
-    assert "Traceback" not in output_of(unwritable)
+    state = tmp_path / "file" / "state"
+    server = make_server(stub, tmp_path, STATE_DIR=str(state))
+    assert refuses_to_start(server) == 73
+    assert f"STATE_DIR {state} cannot be written" in output_of(server)
+    assert "Traceback" not in output_of(server)
 
 
 def test_a_second_server_on_the_same_state_is_refused(stub: HubStub, tmp_path: Path) -> None:
-    """It names STATE_DIR, never listens, and the first goes on undisturbed."""
+    """75, one line that names STATE_DIR, never listens, and the first goes on undisturbed."""
     with make_server(stub, tmp_path / "first") as first:
         state = str(tmp_path / "first" / "state")
         second = make_server(stub, tmp_path / "second", STATE_DIR=state)
-        assert refuses_to_start(second) != 0
-        assert "STATE_DIR" in output_of(second)
-        assert state in output_of(second)
-        assert first.pull("state/one")["status"] == "succeeded"
-
-
-@pytest.mark.xfail(strict=True, reason=LEAVES_WITH_3)
-def test_a_second_server_has_its_own_exit_status(stub: HubStub, tmp_path: Path) -> None:
-    """75, and no traceback."""
-    with make_server(stub, tmp_path / "first"):
-        second = make_server(stub, tmp_path / "second", STATE_DIR=str(tmp_path / "first" / "state"))
         assert refuses_to_start(second) == 75
+        assert f"STATE_DIR {state}" in output_of(second)
         assert "Traceback" not in output_of(second)
+        assert first.pull("state/one")["status"] == "succeeded"
 
 
 def test_a_killed_server_leaves_no_lock(stub: HubStub, tmp_path: Path) -> None:
@@ -229,17 +211,60 @@ def test_a_killed_server_leaves_no_lock(stub: HubStub, tmp_path: Path) -> None:
             assert second.client.get("/models/fake/a").status_code == 200
 
 
-@pytest.mark.xfail(
-    strict=True, reason="sqlite3.DatabaseError escapes the store: a traceback, status 3, no word on STATE_DIR"
+def damage(file: Path, start: int) -> None:
+    """Overwrite a file with noise from `start` on."""
+    with file.open("r+b") as stream:
+        stream.seek(start)
+        stream.write(b"noise" * 2000)
+
+
+def aside(server: Server) -> list[str]:
+    """What the server set aside of a damaged state, by kind of file."""
+    found = (server.folder / "state").glob("*corrupt*")
+    return sorted(re.sub(r"\d{8}T\d{6}", "TIME", path.name) for path in found)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(0, id="the-head"),
+        pytest.param(
+            4096,
+            id="a-table",
+            marks=pytest.mark.xfail(
+                strict=True, reason="only an error while opening is foreseen, not one while reading"
+            ),
+        ),
+    ],
 )
-def test_a_state_that_is_no_database_is_said(stub: HubStub, tmp_path: Path) -> None:
-    """A damaged state.db: the message names the file, and there is no traceback."""
-    (tmp_path / "state").mkdir()
-    (tmp_path / "state" / "state.db").write_bytes(b"no database at all " * 300)
-    server = make_server(stub, tmp_path)
-    assert refuses_to_start(server) not in (0, 3)
-    assert "state.db" in output_of(server).replace("Traceback", "")
-    assert "Traceback" not in output_of(server)
+def test_a_damaged_state_is_set_aside(stub: HubStub, tmp_path: Path, start: int) -> None:
+    """The server starts anew, says so, and keeps the damaged file."""
+    with started(make_server(stub, tmp_path)) as server:
+        server.pull("state/one")
+        server.stop()
+        damage(tmp_path / "state" / "state.db", start)
+        server.start()
+        assert server.client.get("/jobs").json() == {"jobs": []}
+        assert aside(server) == ["state.db.corrupt-TIME"]
+        assert "is damaged" in server.log()
+        assert server.pull("state/one")["status"] == "succeeded"
+        server.stop()
+    assert integrity(server) == "ok"
+
+
+@pytest.mark.xfail(
+    strict=True, reason="_open deletes the -wal file of a damaged database: the only copy of recent jobs"
+)
+def test_the_write_ahead_log_of_a_damaged_state_is_kept(stub: HubStub, tmp_path: Path) -> None:
+    """After `kill -9` the jobs are in the log, not in the damaged file: setting aside must take it along."""
+    with started(make_server(stub, tmp_path)) as server:
+        server.pull("state/one")
+        kill(server)
+        assert (tmp_path / "state" / "state.db-wal").stat().st_size > 4096
+        damage(tmp_path / "state" / "state.db", 0)
+        server.start()
+        assert len(aside(server)) == 2
+        server.stop()
 
 
 def test_a_taken_port_is_said(stub: HubStub, tmp_path: Path) -> None:
@@ -256,9 +281,9 @@ def test_a_taken_port_is_said(stub: HubStub, tmp_path: Path) -> None:
     assert port in output_of(server)
 
 
-@pytest.mark.parametrize("value", ["-1", "0", "500ms"])
+@pytest.mark.parametrize("value", ["0", "500ms"])
 def test_every_drain_time_starts(stub: HubStub, tmp_path: Path, value: str) -> None:
-    """Durations are read as documented: -1 means for ever."""
+    """Seconds or a form such as 500ms; nothing is open, so the end comes at once."""
     with started(make_server(stub, tmp_path, DRAIN_SECONDS=value)) as server:
         assert server.stop() == 0
 
@@ -355,24 +380,24 @@ def test_a_job_cut_short_by_a_full_disk_runs_again_after_a_restart(stub: HubStub
         assert server.stop() == 0
 
 
-@pytest.mark.parametrize("leave", [0, 8192, 40960], ids=lambda leave: f"{leave}-bytes-left")
+@pytest.mark.parametrize(
+    "leave",
+    [
+        pytest.param(0, id="nothing-left"),
+        pytest.param(8192, id="room-for-the-probe", marks=TOO_LITTLE),
+        pytest.param(40960, id="room-for-an-empty-database", marks=TOO_LITTLE),
+    ],
+)
 def test_a_full_disk_at_the_start_is_said_at_once(stub: HubStub, tmp_path: Path, disk: Path, leave: int) -> None:
-    """With no room at all, or too little for the database: the process ends, never listens, and the text says why."""
-    fill(disk, leave)
-    server = make_server(stub, tmp_path, STATE_DIR=str(disk / "state"))
-    assert refuses_to_start(server) != 0
-    assert any(words in output_of(server) for words in ("No space left", "is full", "disk I/O error"))
-
-
-@pytest.mark.parametrize("leave", [0, 8192, 40960], ids=lambda leave: f"{leave}-bytes-left")
-@pytest.mark.xfail(strict=True, reason=LEAVES_WITH_3)
-def test_a_full_disk_at_the_start_has_its_exit_status(stub: HubStub, tmp_path: Path, disk: Path, leave: int) -> None:
-    """73 as for a folder that cannot be written, with STATE_DIR in the text and without a traceback."""
+    """With no room, or too little for the database: 73, never a port, and one line with STATE_DIR and the reason."""
     fill(disk, leave)
     server = make_server(stub, tmp_path, STATE_DIR=str(disk / "state"))
     assert refuses_to_start(server) == 73
-    assert f"STATE_DIR {disk / 'state'}" in output_of(server)
-    assert "Traceback" not in output_of(server)
+    output = output_of(server)
+    assert f"STATE_DIR {disk / 'state'}" in output
+    assert any(words in output for words in ("No space left", "is full"))
+    assert "Traceback" not in output
+    assert [path.name for path in (disk / "state").glob(".probe*")] == []
 
 
 def test_a_disk_that_fills_during_a_download_fails_the_job(stub: HubStub, tmp_path: Path) -> None:
@@ -500,13 +525,14 @@ def test_the_store_asks_sqlite_for_durability(store: app.Store, setting: str, va
     assert asyncio.run(scenario()) == value
 
 
-def test_what_the_store_was_given_comes_back(store: app.Store, tmp_path: Path) -> None:
+def test_what_the_store_was_given_comes_back(tmp_path: Path) -> None:
     """Jobs and models, in full, by another store on the same file; a second write of a job replaces the first."""
     older = app.Job("job_1", "a/b", status="running", created_at="2026-01-01T00:00:00Z", traceback="line\nline")
     newer = app.Job("job_0", "a/c", created_at="2026-01-02T00:00:00Z", preferred_quantized=True)
     meta = app.ModelMeta("a/b", "a/b", "/somewhere", ladder=[app.Rung("vllm", "refused", "not installed")])
 
     async def scenario() -> tuple[list[app.Job], list[app.ModelMeta]]:
+        store = app.Store(tmp_path / "state.db")
         for job in (newer, older):
             await store.save_job(job)
         older.status = "succeeded"

@@ -57,7 +57,7 @@ class Talker(Child):
 
     def __init__(self, script: str, *arguments: str) -> None:
         command = [sys.executable, str(ROOT / "bench" / script), *arguments]
-        super().__init__(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        super().__init__(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def read(self) -> Any:
         """The next line. Raises RuntimeError when the process ended instead."""
