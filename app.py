@@ -82,15 +82,17 @@ from fnmatch import fnmatch
 from glob import escape as glob_escape
 from hashlib import sha256
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 import msgspec
 import platformdirs
 import psutil
 import pynvml
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -117,23 +119,24 @@ log = logging.getLogger("ai-server")
 
 DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 FOREVER = float("inf")
+LONGEST_SECONDS = 1e9  # thirty years: more is for ever, and no date overflows
 
 
 def parse_duration(value: str | int | float) -> float:
     """Read a duration as Ollama does: a number of seconds, or Go's `1h30m`, `300ms`; negative means forever.
 
-    Returns seconds. Raises ValueError that quotes the value.
+    Returns seconds. Raises ValueError.
     """
-    text = str(value).strip()
-    if re.fullmatch(r"[+-]?\d+(\.\d*)?", text):
+    text = value.strip() if isinstance(value, str) else repr(float(value))
+    match = re.fullmatch(r"([+-]?)((?:[0-9]+(?:\.[0-9]*)?(?:ns|us|µs|ms|s|m|h))+)", text)
+    if match is not None:
+        parts = re.findall(r"([0-9.]+)([a-zµ]+)", match[2])
+        seconds = sum(float(number) * DURATION_UNITS[unit] for number, unit in parts) * (-1 if match[1] == "-" else 1)
+    elif re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?", text):
         seconds = float(text)
     else:
-        parts = re.findall(r"(\d+(?:\.\d*)?)(ns|us|µs|ms|s|m|h)", text.lstrip("+-"))
-        if "".join(number + unit for number, unit in parts) != text.lstrip("+-") or not parts:
-            raise ValueError(f"{text!r} is not a duration: use seconds or a form such as 5m, 1h30m, -1 for ever")
-        seconds = sum(float(number) * DURATION_UNITS[unit] for number, unit in parts)
-        seconds = -seconds if text.startswith("-") else seconds
-    return FOREVER if seconds < 0 else seconds
+        raise ValueError("not a duration: use seconds or a form such as 5m, 1h30m, -1 for ever")
+    return FOREVER if seconds < 0 or seconds > LONGEST_SECONDS else seconds
 
 
 SETTINGS: dict[str, object] = {}  # every setting by its name in the environment, for /diag; written by _read
@@ -150,12 +153,12 @@ def _read(name: str, value: str, reader: Callable[[str], T]) -> T:
     return result
 
 
-def _whole(least: int) -> Callable[[str], int]:
-    """A reader of whole numbers from `least` up."""
+def _whole(least: int, most: int = 2**62) -> Callable[[str], int]:
+    """A reader of whole numbers from `least` to `most`."""
 
     def read(value: str) -> int:
-        if int(value) < least:
-            raise ValueError(f"it must be at least {least}")
+        if not least <= int(value) <= most:
+            raise ValueError(f"it must be from {least} to {most}")
         return int(value)
 
     return read
@@ -199,7 +202,7 @@ HF_HOME = _read("HF_HOME", os.getenv("HF_HOME", str(Path.home() / ".cache" / "hu
 HF_ENDPOINT = _read("HF_ENDPOINT", os.getenv("HF_ENDPOINT", ""), str)
 HF_TOKEN = _read("HF_TOKEN", os.getenv("HF_TOKEN", ""), str)
 HOST = _read("HOST", os.getenv("HOST", "127.0.0.1"), str)
-PORT = _read("PORT", os.getenv("PORT", "8005"), _whole(0))
+PORT = _read("PORT", os.getenv("PORT", "8005"), _whole(0, 65535))
 ALLOW_UNAUTHENTICATED = _read("ALLOW_UNAUTHENTICATED", os.getenv("ALLOW_UNAUTHENTICATED", "0"), _flag)
 KEEP_ALIVE = _read("KEEP_ALIVE", os.getenv("KEEP_ALIVE", "5m"), parse_duration)
 ENGINE_THREADS = _read(
@@ -226,10 +229,11 @@ DRAIN_SECONDS = _read("DRAIN_SECONDS", os.getenv("DRAIN_SECONDS", "30"), _second
 STRICT_PARAMETERS = _read("STRICT_PARAMETERS", os.getenv("STRICT_PARAMETERS", "0"), _flag)
 INHERITED_ENVIRONMENT = dict(os.environ)  # what child processes start from; `_child_environment` takes the secrets out
 
-SECRET_SETTINGS = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY)S?(_|$)", re.IGNORECASE)
+SECRET_SETTINGS = re.compile(r"TOKENS?(_|$)|SECRET|PASSW|CREDENTIAL|(^|_|API)KEYS?(_|$)", re.IGNORECASE)
 SHUTDOWN_GRACE_SECONDS = 5.0  # an engine asked to end gets this long before its process group is killed
 CRASH_LOOP_DEATHS, CRASH_LOOP_SECONDS = 3, 300.0  # so many deaths in so long: the model is refused for a while
 DISK_RESERVE_BYTES = 256 * 1024 * 1024  # a pull leaves this much free, for the state and everybody else
+STATE_ROOM_BYTES = 256 * 1024  # the state directory must have this much at the start
 MAX_SAFETENSORS_HEADER_BYTES = 100 * 1000 * 1000  # the safetensors format's own limit
 MAX_GGUF_STRING_BYTES = 64 * 1024 * 1024  # far above any real template or token list entry
 PROGRESS_SECONDS = 0.2  # how often a pull says how far it is
@@ -530,7 +534,9 @@ def _all_subclasses(root: type[ServerError]) -> Iterator[type[ServerError]]:
 
 
 # How an error crosses a process boundary and comes back as itself.
-ERRORS_BY_KIND: dict[str, type[ServerError]] = {error.kind: error for error in _all_subclasses(ServerError)}
+ERRORS_BY_KIND: dict[str, type[ServerError]] = {ServerError.kind: ServerError} | {
+    error.kind: error for error in _all_subclasses(ServerError)
+}
 
 
 def error_of(kind: str, message: str) -> ServerError:
@@ -672,27 +678,31 @@ class Store:
             raise Unavailable(f"The server's state cannot be written: {error}.", retry_after=5) from error
 
     def _open(self) -> sqlite3.Connection:
-        """Open the file; one that is no sound database is set aside, never overwritten."""
+        """Open the file; one that is no sound database is set aside with its log, never overwritten."""
         try:
             return self._connect()
         except sqlite3.OperationalError:
             raise
         except sqlite3.DatabaseError as error:
-            aside = self._path.with_name(f"{self._path.name}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}")
-            log.warning(
-                "%s is damaged (%s): it is kept as %s, and the state begins anew", self._path, error, aside.name
-            )
-            self._path.rename(aside)
-            for leftover in ("-wal", "-shm"):
-                self._path.with_name(self._path.name + leftover).unlink(missing_ok=True)
+            aside = f"{self._path.name}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}"
+            log.warning("%s is damaged (%s): it is kept as %s, and the state begins anew", self._path, error, aside)
+            for suffix in ("", "-wal", "-shm"):
+                with suppress(FileNotFoundError):
+                    self._path.with_name(self._path.name + suffix).rename(self._path.with_name(aside + suffix))
             return self._connect()
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, check_same_thread=False, timeout=2)
-        connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA mmap_size=0;")
-        for table in ("jobs", "models"):
-            connection.execute(f"CREATE TABLE IF NOT EXISTS {table} (id TEXT PRIMARY KEY, body BLOB NOT NULL)")
-        connection.execute("PRAGMA user_version=1")
+        try:
+            connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA mmap_size=0;")
+            if (verdict := connection.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(verdict)
+            for table in ("jobs", "models"):
+                connection.execute(f"CREATE TABLE IF NOT EXISTS {table} (id TEXT PRIMARY KEY, body BLOB NOT NULL)")
+            connection.execute("PRAGMA user_version=1")
+        except sqlite3.Error:
+            connection.close()
+            raise
         return connection
 
     async def _save(self, table: str, key: str, value: msgspec.Struct) -> None:
@@ -713,10 +723,18 @@ class Store:
 
     async def load(self) -> tuple[list[Job], list[ModelMeta]]:
         """Read back every job, oldest first, and every model."""
-        rows = await self._run(lambda db: db.execute("SELECT body FROM jobs ORDER BY rowid").fetchall())
-        models = await self._run(lambda db: db.execute("SELECT body FROM models").fetchall())
-        saved_jobs = sorted((msgspec.json.decode(row[0], type=Job) for row in rows), key=lambda job: job.created_at)
-        return saved_jobs, [msgspec.json.decode(row[0], type=ModelMeta) for row in models]
+        jobs, models = await self._rows("jobs", Job), await self._rows("models", ModelMeta)
+        return sorted(jobs, key=lambda job: job.created_at), models
+
+    async def _rows(self, table: str, kind: type[T]) -> list[T]:
+        """Decode a table; a row that does not fit is kept in the file, said, and passed over."""
+        values: list[T] = []
+        for key, body in await self._run(lambda db: db.execute(f"SELECT id, body FROM {table}").fetchall()):
+            try:
+                values.append(msgspec.json.decode(body, type=kind))
+            except msgspec.MsgspecError as error:
+                log.error("The state of %s in table %s cannot be read: %s", key, table, error)
+        return values
 
     async def close(self) -> None:
         """Close the connection and end the thread."""
@@ -733,6 +751,7 @@ engine_deaths: dict[str, deque[float]] = {}  # monotonic seconds; written by _re
 loads_in_progress: dict[str, "asyncio.Task[EngineProcess]"] = {}  # written by load_model
 jobs: dict[str, Job] = {}  # written by create_job, _update_job and restore_state
 job_tasks: dict[str, "asyncio.Task[None]"] = {}  # written by _start_job
+job_lock = asyncio.Lock()  # one new job at a time
 job_changed = Signal()  # fired by _update_job
 places_changed = Signal()  # fired when a pin or a model goes away
 expiries: set["asyncio.Task[None]"] = set()  # unloads under way; written by _expire
@@ -867,7 +886,7 @@ async def read_json(request: Request) -> Json:
     if not body.strip():
         raise BadRequest("missing request body")
     try:
-        value = json.loads(body)
+        value = json.loads(body.decode("utf-8-sig"))
         if b"\\u" in body:  # the one way to spell half a surrogate pair, which no text of ours can carry on
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -897,9 +916,10 @@ class StopStrings:
         if self.hit is not None:
             return ""
         self._held += text
-        found = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
-        if found:
-            at, self.hit = min(found)
+        found = [(self._held.find(stop) + len(stop), stop) for stop in self._stops if stop in self._held]
+        if found:  # the one that is complete first, whatever the pieces the text came in
+            end, self.hit = min(found)
+            at = end - len(self.hit)
             shown, self._held = self._held[:at], ""
             return shown
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
@@ -1655,7 +1675,7 @@ class VLLMEngine:
 
     async def _end_with_the_core(self) -> None:
         """When the engine core dies this process is of no use: end it, and the server loads the model again."""
-        while not self._engine.errored:
+        while not self._engine.errored:  # noqa: ASYNC110  (vLLM has no event for it)
             await asyncio.sleep(0.2)
         log.error("vLLM's engine core died")
         end_process_group()
@@ -1836,12 +1856,14 @@ def write_frame(output: int, report: Report) -> None:
 
 
 def read_commands(take: Callable[[Command], None]) -> None:
-    """Read frames from stdin until it closes, then end this process group: nobody is left to serve."""
+    """Read frames from stdin until it closes or breaks, then end this process group: nobody is left to serve."""
     decoder = msgspec.msgpack.Decoder(Command)
     stdin = sys.stdin.buffer
-    while len(header := stdin.read(4)) == 4:
-        take(decoder.decode(stdin.read(struct.unpack(">I", header)[0])))
-    end_process_group()
+    try:
+        while len(header := stdin.read(4)) == 4:
+            take(decoder.decode(stdin.read(struct.unpack(">I", header)[0])))
+    finally:
+        end_process_group()
 
 
 def end_process_group() -> None:
@@ -1900,8 +1922,9 @@ class Reclaimed(msgspec.Struct):
 
 def _child_environment(threads: int = 0, secrets_allowed: bool = False) -> dict[str, str]:
     """The environment of a child: no secret but for a pull worker, no Hub for an engine."""
+    mine = ("HF_", "HUGGING_FACE_") if secrets_allowed else ()
     inherited = INHERITED_ENVIRONMENT.items()
-    child = {name: value for name, value in inherited if secrets_allowed or not SECRET_SETTINGS.search(name)}
+    child = {name: value for name, value in inherited if name.startswith(mine) or not SECRET_SETTINGS.search(name)}
     child["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     if not secrets_allowed:
         child |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
@@ -1950,7 +1973,7 @@ class ChildProcess:
         """The child's frames until it closes its end."""
         assert self.process.stdout is not None
         decoder = msgspec.msgpack.Decoder(Report)
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
+        with suppress(asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError):
             while True:
                 (size,) = struct.unpack(">I", await self.process.stdout.readexactly(4))
                 yield decoder.decode(await self.process.stdout.readexactly(size))
@@ -2087,7 +2110,8 @@ class EngineProcess:
 
     async def _died(self) -> None:
         """The child ended by itself: fail the load or every open stream, and let the owner forget it."""
-        status = await self._child.process.wait()
+        await self._child.stop()  # it may live on behind a closed or broken pipe
+        status = self._child.process.returncode or 0
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         log.error("The engine of %s (%s) died: %s", self.spec.model, self.spec.backend, how)
         if not self._loaded.done():
@@ -2210,7 +2234,11 @@ class _Strict(BaseModel):
 
 Probability = Annotated[float | None, Field(ge=0, le=1)]
 Penalty = Annotated[float | None, Field(ge=-2, le=2)]
-StopList = Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=16)]
+StopList = Annotated[
+    list[Annotated[str, Field(max_length=256)]] | None,
+    Field(max_length=16),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 
 
@@ -2225,7 +2253,7 @@ class SamplingBody(_Strict):
     min_p: Probability = None
     typical_p: Probability = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
-    stop: str | StopList | None = None
+    stop: StopList = None
     repeat_penalty: Annotated[float | None, Field(gt=0, le=100)] = None
     repeat_last_n: Annotated[int | None, Field(ge=-1, le=2**31)] = None
     presence_penalty: Penalty = None
@@ -2262,13 +2290,14 @@ class PullBody(_Strict):
     """The body of POST /pull."""
 
     model: Name
-    revision: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")] = None
+    revision: Annotated[str | None, Field(pattern=r"^\w([\w.-]*\w)?(/\w([\w.-]*\w)?)*$", max_length=200)] = None
     quantize: QuantizeChoice = "auto"
     init: bool = False
     trust_remote_code: bool = False
 
 
 BodyModel = TypeVar("BodyModel", bound=BaseModel)
+UNION_BRANCHES = {"str", "int", "float", "list[TextPart]"}  # pydantic names them like fields in an error's place
 
 
 def validated(model: type[BodyModel], body: Body) -> BodyModel:
@@ -2280,7 +2309,7 @@ def validated(model: type[BodyModel], body: Body) -> BodyModel:
         return model.model_validate(present)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if not str(part)[:1].isupper())
+        place = ".".join(str(part) for part in first["loc"] if part not in UNION_BRANCHES)
         raise BadRequest(f"Field '{place}': {first['msg']}") from error
 
 
@@ -2315,9 +2344,7 @@ def _content_text(content: str | list[TextPart] | None) -> str:
 def _native_sampling(chat: ChatBody) -> Sampling:
     """Merge `options` and the fields beside it, which win."""
     merged = (_own_names(chat.options) if chat.options else {}) | _own_names(chat)
-    if (stop := merged.get("stop")) is not None:
-        merged["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    return Sampling(**merged)
+    return Sampling(**{**merged, "stop": tuple(merged["stop"])} if "stop" in merged else merged)
 
 
 def _own_names(body: SamplingBody) -> Json:
@@ -2340,8 +2367,11 @@ def _native_keep_alive(value: str | int | float | None) -> float | None:
 def _unknown_fields(chat: ChatBody) -> Iterator[str]:
     yield from chat.model_extra or {}
     yield from (f"options.{name}" for name in (chat.options.model_extra if chat.options else None) or {})
-    seen = {name for message in chat.messages or [] for name in message.model_extra or {}}
-    yield from (f"messages.{name}" for name in sorted(seen))
+    messages = chat.messages or []
+    parts = [part for message in messages if isinstance(message.content, list) for part in message.content]
+    seen = {f"messages.{name}" for message in messages for name in message.model_extra or {}}
+    seen |= {f"messages.content.{name}" for part in parts for name in part.model_extra or {}}
+    yield from sorted(seen)
 
 
 def _nanoseconds(seconds: float) -> int:
@@ -2433,11 +2463,10 @@ class ModelSource(msgspec.Struct, frozen=True):
     entry: CatalogueEntry = CatalogueEntry()
 
 
+HUB_WORD = r"\w(?:[\w.-]{0,94}\w)?"
 HUB_NAME = re.compile(
     r"(?:(?:https?://)?(?:hf\.co|huggingface\.co)/)?"
-    r"(?P<repo>(?:[A-Za-z0-9][A-Za-z0-9._-]{0,95}/)?[A-Za-z0-9_][A-Za-z0-9._-]{0,95})"
-    r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,79}))?"
-    r"(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{0,199}))?",
+    rf"(?P<repo>(?:{HUB_WORD}/)?{HUB_WORD})(?::(?P<tag>\w(?:[\w.-]{{0,78}}\w)?))?(?:@(?P<revision>{HUB_WORD}(?:/{HUB_WORD})*))?",
     re.ASCII,
 )
 
@@ -2452,8 +2481,9 @@ class _Catalogue:
         """The canonical short name and its entry; `latest` is the default tag."""
         if self._by_name is None:
             self._by_name = self._read()
-        lowered = name.lower()
-        return self._by_name.get(lowered) or self._by_name.get(lowered.removesuffix(":latest"))
+        lowered = name.lower() if name.isascii() else ""
+        model, _, tag = lowered.partition(":")
+        return self._by_name.get(lowered) or (self._by_name.get(model) if tag == "latest" else None)
 
     def _read(self) -> dict[str, tuple[str, CatalogueEntry]]:
         if not MODELS_FILE.exists() and "MODELS_FILE" not in INHERITED_ENVIRONMENT:
@@ -2461,7 +2491,7 @@ class _Catalogue:
         try:
             document = tomllib.loads(MODELS_FILE.read_text(encoding="utf-8"))
             entries = msgspec.convert(document.get("models", {}), dict[str, CatalogueEntry])
-        except (OSError, tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        except (OSError, ValueError, msgspec.ValidationError) as error:
             raise Unavailable(f"The catalogue {MODELS_FILE.name} (MODELS_FILE) cannot be read: {error}") from error
         aliases = {alias.lower(): (name, entry) for name, entry in entries.items() for alias in entry.aliases}
         return aliases | {name.lower(): (name, entry) for name, entry in entries.items()}
@@ -2475,18 +2505,19 @@ def resolve_name(raw: str, revision: str | None = None) -> ModelSource:
 
     Raises InvalidModelName before anything is looked up on disk or on the network.
     """
-    text = raw.strip()
-    if (found := catalogue.find(text)) is not None:
+    if (found := catalogue.find(raw)) is not None:
         name, entry = found
         return ModelSource(name, entry.repo, revision or entry.revision, entry=entry)
-    match = HUB_NAME.fullmatch(text) if raw == text else None
-    if match is None or ".." in text or "--" in text or text.endswith((".git", ".", "-")):
+    match = HUB_NAME.fullmatch(raw)
+    if match is None or ".." in raw or "--" in raw or match["repo"].endswith(".git"):
         raise InvalidModelName(
             "invalid model name: use a Hub id (org/repo, org/repo@revision, hf.co/org/repo:Q4_K_M) or a catalogue name."
         )
+    if match["revision"] and revision not in (None, match["revision"]):
+        raise BadRequest("Field 'revision': the model's name has another one.")
     tag = match["tag"] if match["tag"] != "latest" else None
     if tag is not None and "/" not in match["repo"]:
-        raise NotFound(f"Model {text} not found: no such name in the catalogue. A Hub id has the form org/repo.")
+        raise NotFound(f"Model {raw} not found: no such name in the catalogue. A Hub id has the form org/repo.")
     name = match["repo"] + (f":{tag}" if tag else "") + (f"@{match['revision']}" if match["revision"] else "")
     return ModelSource(name, match["repo"], match["revision"] or revision, tag)
 
@@ -2502,10 +2533,26 @@ def find_model(raw: str) -> ModelMeta:
     raise NotFound(f"Model {raw} not found: not available locally. Use /pull to download.")
 
 
+class TensorEntry(msgspec.Struct):
+    """One tensor in a safetensors header."""
+
+    dtype: str
+    shape: list[Annotated[int, msgspec.Meta(ge=0)]]
+    data_offsets: tuple[int, int]
+
+
+# Bits per value of every dtype in the safetensors format.
+DTYPE_BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64} | {
+    kind + suffix: bits
+    for bits in (8, 16, 32, 64)
+    for kind, suffix in (("I", str(bits)), ("U", str(bits)), ("F", str(bits)), ("BF", str(bits)))
+}
+
+
 def check_safetensors(path: Path) -> int:
     """Check a file's header against its size before native code sees it; returns the number of parameters.
 
-    Raises BadModelFiles: header too large or not JSON, offsets outside the file, gaps or overlaps.
+    Raises BadModelFiles: header too large or not JSON, unknown dtype, offsets outside the file, gaps or overlaps.
     Source: the safetensors format description.
     """
     size = path.stat().st_size
@@ -2514,21 +2561,28 @@ def check_safetensors(path: Path) -> int:
         if header_size > min(MAX_SAFETENSORS_HEADER_BYTES, size - 8):
             raise BadModelFiles(f"{path.name} is damaged: its header is larger than the file. Pull the model again.")
         try:
-            header = json.loads(file.read(header_size))
-            tensors = [header[name] for name in header if name != "__metadata__"]
-            spans = sorted((*tensor["data_offsets"], tensor["shape"]) for tensor in tensors)
-        except (ValueError, KeyError, TypeError) as error:
+            header = msgspec.json.decode(file.read(header_size), type=dict[str, msgspec.Raw])
+            header.pop("__metadata__", None)
+            tensors = [msgspec.json.decode(entry, type=TensorEntry) for entry in header.values()]
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise BadModelFiles(f"{path.name} is damaged: its header cannot be read. Pull the model again.") from error
-    end, parameters = 0, 0
-    for start, stop, shape in spans:
-        if start != end or stop < start:
-            raise BadModelFiles(f"{path.name} is damaged: tensors overlap or leave gaps. Pull the model again.")
-        end, parameters = stop, parameters + _product(shape)
+    end = 0
+    for tensor in sorted(tensors, key=lambda tensor: tensor.data_offsets):
+        if tensor.data_offsets[0] != end or not _fits(tensor):
+            raise BadModelFiles(f"{path.name} is damaged: its tensors do not fit together. Pull the model again.")
+        end = tensor.data_offsets[1]
     if end != size - 8 - header_size:
         raise BadModelFiles(
             f"{path.name} is damaged: {size} bytes where its header promises {8 + header_size + end}. Pull it again."
         )
-    return parameters
+    return sum(_product(tensor.shape) for tensor in tensors)
+
+
+def _fits(tensor: TensorEntry) -> bool:
+    """Whether a tensor's shape and dtype need exactly the bytes it claims."""
+    bits = DTYPE_BITS.get(tensor.dtype, 8 if tensor.dtype.startswith("F8_") else 0)
+    start, stop = tensor.data_offsets
+    return bits > 0 and stop - start == (_product(tensor.shape) * bits + 7) // 8
 
 
 def _product(shape: Iterable[int]) -> int:
@@ -2563,7 +2617,7 @@ class GGUFReader:
         with path.open("rb") as self._file:
             try:
                 self.metadata = self._read()
-            except (struct.error, UnicodeDecodeError, KeyError) as error:
+            except (struct.error, UnicodeDecodeError, KeyError, RecursionError) as error:
                 raise self._damaged("its header cannot be read") from error
 
     def _damaged(self, what: str) -> BadModelFiles:
@@ -2583,11 +2637,13 @@ class GGUFReader:
     def _tensor(self) -> int:
         """Read one tensor's entry; returns its number of values. Its data must begin inside the file."""
         self._string()
-        dimensions = [self._number("<Q") for _ in range(min(self._number("<I"), 8))]
+        count = self._number("<I")
+        dimensions = [self._number("<Q") for _ in range(min(count, 8))]
         _kind, offset = self._number("<I"), self._number("<Q")
-        if offset > self._size:
+        values = _product(dimensions)
+        if count > 8 or offset > self._size or values > 16 * self._size:  # no format has less than half a bit a value
             raise self._damaged("a tensor lies outside the file")
-        return _product(dimensions)
+        return values
 
     def _number(self, form: str) -> Any:
         return struct.unpack(form, self._file.read(struct.calcsize(form)))[0]
@@ -2607,10 +2663,11 @@ class GGUFReader:
 
     def _skip_array(self) -> int:
         kind, count = self._number("<I"), self._number("<Q")
-        if count > self._size - self._file.tell():
+        width = struct.calcsize(self.SCALARS[kind]) if kind in self.SCALARS else 1
+        if count * width > self._size - self._file.tell():
             raise self._damaged("a list is longer than the file")
         if kind in self.SCALARS:
-            self._file.seek(count * struct.calcsize(self.SCALARS[kind]), 1)
+            self._file.seek(count * width, 1)
         else:
             for _ in range(count):
                 self._value(kind)
@@ -2639,43 +2696,66 @@ def _describe_gguf(meta: ModelMeta, path: Path) -> None:
     """One GGUF file; a split one is opened by its first part."""
     reader = GGUFReader(path)
     head = reader.metadata
-    meta.format, meta.parameter_count = "gguf", reader.parameter_count
+    meta.format = "gguf"
+    meta.parameter_count = check_files(meta)
     meta.size_bytes = sum(file.stat().st_size for file in weight_files(meta))
     meta.architecture = meta.family = str(head.get("general.architecture", ""))
-    meta.context_length = int(head.get(f"{meta.family}.context_length", 0))
+    trained = head.get(f"{meta.family}.context_length", 0)
+    meta.context_length = trained if isinstance(trained, int) else 0
     meta.embedding = f"{meta.family}.pooling_type" in head
     meta.has_chat_template = "tokenizer.chat_template" in head
     meta.stored_quantization = GGUF_FILE_TYPES.get(head.get("general.file_type", -1), "unknown")
 
 
+class ModelConfig(msgspec.Struct):
+    """What is read of a config.json."""
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    auto_map: dict[str, Any] | None = None
+    quantization_config: dict[str, Any] | None = None
+    text_config: "ModelConfig | None" = None
+    max_position_embeddings: int | None = None
+    n_positions: int | None = None
+    max_sequence_length: int | None = None
+    num_experts: int | None = None
+    num_local_experts: int | None = None
+    n_routed_experts: int | None = None
+    moe_num_experts: int | None = None
+
+
+class WeightIndex(msgspec.Struct):
+    """model.safetensors.index.json: which file holds which tensor."""
+
+    weight_map: dict[str, str]
+
+
+def _read_side_file(path: Path, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise BadModelFiles(
+            f"{path.name} is missing or not what it should be: {error}. Pull the model again."
+        ) from error
+
+
 def _describe_safetensors(meta: ModelMeta, path: Path) -> None:
     """A snapshot folder: config.json and the headers of its weights."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadModelFiles("config.json is missing or not valid JSON: this is not a model snapshot.") from error
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        raise BadModelFiles("There are no safetensors files in this snapshot. Pull the model again.")
-    text_config = config.get("text_config") or config
-    meta.parameter_count = sum(check_safetensors(file) for file in weights)
-    meta.size_bytes = sum(file.stat().st_size for file in weights)
-    meta.family = str(config.get("model_type", ""))
-    meta.architecture = str((config.get("architectures") or [""])[0])
-    lengths = (text_config.get(key) for key in ("max_position_embeddings", "n_positions", "max_sequence_length"))
-    meta.context_length = next((int(length) for length in lengths if length), 0)
-    meta.mixture_of_experts = _expert_count(text_config) > 1 or "moe" in meta.architecture.lower()
-    meta.custom_code = bool(config.get("auto_map"))
+    config = _read_side_file(path / "config.json", ModelConfig)
+    text = config.text_config or config
+    meta.parameter_count = check_files(meta)
+    meta.size_bytes = sum(file.stat().st_size for file in weight_files(meta))
+    meta.family = config.model_type or ""
+    meta.architecture = (config.architectures or [""])[0]
+    meta.context_length = text.max_position_embeddings or text.n_positions or text.max_sequence_length or 0
+    experts = (text.num_experts, text.num_local_experts, text.n_routed_experts, text.moe_num_experts)
+    meta.mixture_of_experts = any((count or 0) > 1 for count in experts) or "moe" in meta.architecture.lower()
+    meta.custom_code = bool(config.auto_map)
     meta.embedding = (path / "modules.json").exists()
     side_file, tokenizer = path / "chat_template.jinja", path / "tokenizer_config.json"
-    in_tokenizer = tokenizer.exists() and '"chat_template"' in tokenizer.read_text(encoding="utf-8")
+    in_tokenizer = tokenizer.exists() and b'"chat_template"' in tokenizer.read_bytes()
     meta.has_chat_template = side_file.exists() or in_tokenizer
-    meta.stored_quantization = str((config.get("quantization_config") or {}).get("quant_method", ""))
-
-
-def _expert_count(config: Json) -> int:
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    return max((int(config.get(name) or 0) for name in names), default=0)
+    meta.stored_quantization = str((config.quantization_config or {}).get("quant_method", ""))
 
 
 def choose_files(files: Mapping[str, int], tag: str | None, trust_remote_code: bool) -> list[str]:
@@ -2689,12 +2769,9 @@ def choose_files(files: Mapping[str, int], tag: str | None, trust_remote_code: b
         return _choose_gguf(ggufs, tag)
     if not weights:
         pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-        if pickles:
-            raise UnsafeFormat(
-                f"The repository has only pickle weights ({pickles[0]}), which can run code when opened."
-            )
-        raise UnsafeFormat("The repository has neither safetensors nor GGUF weights.")
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.py"] if trust_remote_code else [])]
+        what = f"only pickle weights ({pickles[0]}), which can run code when opened" if pickles else "no weights"
+        raise UnsafeFormat(f"The repository has {what}: choose one with safetensors or GGUF files.")
+    patterns = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", *(["*.py"] if trust_remote_code else [])]
     side = [name for name in files if any(fnmatch(name, pattern) for pattern in patterns) and not _is_duplicate(name)]
     return sorted({*weights, *side})
 
@@ -2704,7 +2781,7 @@ def _is_duplicate(name: str) -> bool:
     return name.startswith(("original/", "onnx/", "openvino/", "consolidated", "metal/")) or "/consolidated" in name
 
 
-GGUF_PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
+GGUF_PART = re.compile(r"(?i)-\d{5}-of-\d{5}(?=\.gguf$)")
 
 
 def weight_files(meta: ModelMeta) -> list[Path]:
@@ -2713,26 +2790,31 @@ def weight_files(meta: ModelMeta) -> list[Path]:
     if meta.format == "safetensors":
         return sorted(path.glob("*.safetensors"))
     stem = GGUF_PART.sub("", path.name)
-    return sorted(file for file in path.parent.glob("*.gguf") if GGUF_PART.sub("", file.name) == stem)
+    return sorted(file for file in path.parent.glob("*") if GGUF_PART.sub("", file.name) == stem)
 
 
-def check_files(meta: ModelMeta) -> None:
-    """Check a model's files before native code opens them. Raises BadModelFiles that names the file. Blocking."""
+def check_files(meta: ModelMeta) -> int:
+    """Check a model's files before native code opens them; returns the number of parameters.
+
+    Raises BadModelFiles that names the file. Blocking.
+    """
     files = weight_files(meta)
-    if not files:
-        raise BadModelFiles(f"The files of {meta.name} are gone. Pull the model again.")
-    for file in files:
-        if meta.format == "gguf":
-            GGUFReader(file)
-        else:
-            check_safetensors(file)
+    index = Path(meta.local_path) / "model.safetensors.index.json"
+    promised = set(_read_side_file(index, WeightIndex).weight_map.values()) if index.exists() else set()
+    missing = sorted(promised - {file.name for file in files})
+    if missing or not files:
+        what = missing[0] if missing else "every weight file"
+        raise BadModelFiles(f"{what} of {meta.name} is missing. Pull the model again.")
+    if meta.format == "gguf":
+        return sum(GGUFReader(file).parameter_count for file in files)
+    return sum(check_safetensors(file) for file in files)
 
 
 def _choose_gguf(ggufs: list[str], tag: str | None) -> list[str]:
     """The file of that quantization with all its parts; without a tag Q4_K_M, as Ollama has it, else the first."""
     wanted = [re.escape(tag)] if tag is not None else ["Q4_K_M", "Q4_0", "Q8_0", ".*"]
     for word in wanted:
-        hits = sorted(name for name in ggufs if re.search(rf"(?i)(^|[^a-z0-9]){word}([^a-z0-9]|$)", name))
+        hits = sorted(name for name in ggufs if re.search(rf"(?i)(^|[^a-z0-9]){word}([^a-z0-9_]|$)", name))
         if hits:
             stem = GGUF_PART.sub("", hits[0])
             return [name for name in hits if GGUF_PART.sub("", name) == stem]
@@ -2748,18 +2830,15 @@ async def create_job(body: PullBody) -> tuple[Job, bool]:
     if app.state.phase == "stopping":
         raise Unavailable("The server is stopping. Pull again when it is back.", retry_after=10)
     wanted = (source.name, source.revision, body.quantize, body.init, body.trust_remote_code)
-    for job in jobs.values():
-        known = (job.model, job.revision, job.quantize, job.init, job.trust_remote_code)
-        if known == wanted and job.status not in FINAL_STATUSES:
-            return job, False
-    preferred = {"auto": None, "4bit": True, "none": False}[body.quantize]
-    job = Job("job_" + secrets.token_hex(8), *wanted, created_at=now_iso(), preferred_quantized=preferred)
-    jobs[job.id] = job
-    try:
+    async with job_lock:  # an equal pull hears of a job only when that job is durable
+        for job in jobs.values():
+            known = (job.model, job.revision, job.quantize, job.init, job.trust_remote_code)
+            if known == wanted and job.status not in FINAL_STATUSES:
+                return job, False
+        preferred = {"auto": None, "4bit": True, "none": False}[body.quantize]
+        job = Job("job_" + secrets.token_hex(8), *wanted, created_at=now_iso(), preferred_quantized=preferred)
         await store.save_job(job)
-    except ServerError:
-        del jobs[job.id]
-        raise
+        jobs[job.id] = job
     _start_job(job)
     return job, True
 
@@ -2774,9 +2853,11 @@ async def _update_job(job: Job, *, durable: bool = True, **changes: Any) -> None
     """The one writer of a job's fields: change, make durable, wake the watchers."""
     for name, value in changes.items():
         setattr(job, name, value)
-    if durable:
-        await store.save_job(job)
-    job_changed.fire()
+    try:
+        if durable:
+            await store.save_job(job)
+    finally:
+        job_changed.fire()
 
 
 def find_job(job_id: str) -> Job:
@@ -2787,13 +2868,13 @@ def find_job(job_id: str) -> Job:
 
 
 async def cancel_job(job_id: str) -> Job:
-    """End a job that is still open; a finished one stays as it is."""
+    """End a job that is still open; a finished one stays as it is. The download has ended before the job says so."""
     job = find_job(job_id)
+    if (task := job_tasks.get(job_id)) is not None:
+        task.cancel()
+        await asyncio.wait([task])
     if job.status not in FINAL_STATUSES:
         await _update_job(job, status="cancelled", finished_at=now_iso(), speed=None, eta_seconds=None)
-        if (task := job_tasks.get(job_id)) is not None:
-            task.cancel()
-            await asyncio.wait([task])
         log.info("Job %s cancelled: pull %s", job.id, job.model)
     return job
 
@@ -2813,7 +2894,8 @@ async def _background_pull(job: Job) -> None:
             await _update_job(job, status="running", started_at=job.started_at or now_iso())
             log.info("Job %s started: pull %s", job.id, job.model)
             meta = await _pull_model(job)
-        await _update_job(job, local_path=meta.local_path, size_bytes=meta.size_bytes, bytes_done=meta.size_bytes)
+        total = job.size_bytes or meta.size_bytes
+        await _update_job(job, local_path=meta.local_path, size_bytes=total, bytes_done=total, file=None)
         if job.init:
             await load_model(meta.name)
         await _finish_job(job, "succeeded")
@@ -2825,8 +2907,6 @@ async def _background_pull(job: Job) -> None:
 
 
 async def _finish_job(job: Job, status: JobStatus, error: Exception | None = None) -> None:
-    if job.status in FINAL_STATUSES:  # cancelled in the last moment: the first end counts
-        return
     changes: Json = {"status": status, "finished_at": now_iso(), "speed": None, "eta_seconds": None}
     if error is None:
         log.info("Job %s succeeded: pull %s (%s bytes)", job.id, job.model, job.size_bytes)
@@ -2932,17 +3012,22 @@ def _assemble(source: ModelSource) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("wb") as output:
-            for piece in pieces:
-                with piece.open("rb") as part:
-                    shutil.copyfileobj(part, output, MEBIBYTE)
-            output.flush()
-            os.fsync(output.fileno())
+        _join(pieces, partial)
         partial.replace(target)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise _disk_error(error) from error
     return target
+
+
+def _join(pieces: list[Path], target: Path) -> None:
+    """Write the pieces one after the other, down to the disk."""
+    with target.open("wb") as output:
+        for piece in pieces:
+            with piece.open("rb") as part:
+                shutil.copyfileobj(part, output, MEBIBYTE)
+        output.flush()
+        os.fsync(output.fileno())
 
 
 def _disk_error(error: OSError) -> ServerError:
@@ -2991,9 +3076,11 @@ async def _remove_files(meta: ModelMeta) -> None:
         return
     if Path(meta.local_path).is_relative_to(STATE_DIR):
         await asyncio.to_thread(shutil.rmtree, Path(meta.local_path).parent, ignore_errors=True)
+    elif resolve_name(meta.name).repo is None:
+        return
     elif any(other.revision == meta.revision for other in others):
         await asyncio.to_thread(_remove_links, weight_files(meta))
-    elif resolve_name(meta.name).repo is not None:
+    else:
         async with aclosing(_worker(Remove(meta.revision))) as reports:
             await anext(reports)
 
@@ -3026,15 +3113,21 @@ async def restore_state() -> None:
             _start_job(job)
 
 
+def _probe(path: Path) -> None:
+    """See whether there is room for a database and some growth. Raises OSError."""
+    try:
+        path.write_bytes(b"x" * STATE_ROOM_BYTES)
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def _claim_state_dir() -> Any:
     """Make STATE_DIR and hold its lock; a second server on it ends with 75, an unwritable one with 73."""
     try:
         STATE_DIR.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = (STATE_DIR / "lock").open("a+")
         lock.write("")
-        probe = STATE_DIR / f".probe-{os.getpid()}"
-        probe.write_bytes(b"x" * 4096)
-        probe.unlink()
+        _probe(STATE_DIR / f".probe-{os.getpid()}")
     except OSError as error:
         log.critical("STATE_DIR %s cannot be written: %s. Free the disk or set STATE_DIR.", STATE_DIR, error.strerror)
         raise SystemExit(73) from error
@@ -3049,12 +3142,13 @@ def _claim_state_dir() -> Any:
 
 async def watch_job(job: Job) -> AsyncGenerator[bytes, None]:
     """A job as server-sent events: now, at every change, and at its end; a comment every 15 s keeps the line open."""
-    while job.status not in FINAL_STATUSES:
+    while job.status not in FINAL_STATUSES and app.state.phase != "stopping":
         changed = asyncio.create_task(job_changed.wait())
         yield sse(("progress", msgspec.to_builtins(job)))
         while not (await asyncio.wait({changed}, timeout=15))[0]:
             yield b": keep-alive\n\n"
-    yield sse(("done", msgspec.to_builtins(job)))
+    if job.status in FINAL_STATUSES:  # else the server stops; the job goes on at its next start
+        yield sse(("done", msgspec.to_builtins(job)))
 
 
 # -- the pull worker, a child process -----------------------------------------
@@ -3087,21 +3181,27 @@ def _work(command: Command, send: Callable[[Report], None]) -> Report:
 def _fetch_snapshot(fetch: Fetch, send: Callable[[Report], None]) -> Fetched:
     """List, choose, check the disk, download. Blocking; in the worker only."""
     from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.file_download import repo_folder_name
 
     info = HfApi().model_info(fetch.repo, revision=fetch.revision, files_metadata=True)
     sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or []}
     chosen = choose_files(sizes, fetch.file_tag, fetch.trust_remote_code)
     total = sum(sizes[name] for name in chosen)
     patterns = [glob_escape(name) for name in chosen]
-    plan = snapshot_download(fetch.repo, revision=info.sha, allow_patterns=patterns, dry_run=True)
+    revision = str(info.sha)
+    plan = snapshot_download(fetch.repo, revision=revision, allow_patterns=patterns, dry_run=True)
     cached = total - sum(int(file.file_size or 0) for file in plan if not file.is_cached)
     _check_disk(Path(constants.HF_HUB_CACHE), total - cached)
     send(Progress(cached, total, chosen[0]))
-    bar = _progress_bar(send, cached, total)
-    path = Path(snapshot_download(fetch.repo, revision=info.sha, allow_patterns=patterns, tqdm_class=bar))
+    folder = Path(
+        constants.HF_HUB_CACHE, repo_folder_name(repo_id=fetch.repo, repo_type="model"), "snapshots", revision
+    )
+    current = lambda: next((name for name in chosen if not (folder / name).exists()), "")  # noqa: E731
+    bar = _progress_bar(lambda done: send(Progress(min(done, total), total, current())), cached)
+    path = Path(snapshot_download(fetch.repo, revision=revision, allow_patterns=patterns, tqdm_class=bar))
     send(Progress(total, total, chosen[-1]))
     single = path / chosen[0] if chosen[0].endswith(".gguf") else path
-    return Fetched(str(single), info.sha or "")
+    return Fetched(str(single), revision)
 
 
 def _check_disk(cache: Path, needed: int) -> None:
@@ -3114,7 +3214,7 @@ def _check_disk(cache: Path, needed: int) -> None:
         )
 
 
-def _progress_bar(send: Callable[[Report], None], cached: int, total: int) -> type:
+def _progress_bar(report: Callable[[int], None], cached: int) -> type:
     """A tqdm class that reports instead of drawing; huggingface_hub makes one bar of bytes and one of files."""
     from tqdm import tqdm  # type: ignore[import-untyped]  # no annotations
 
@@ -3138,7 +3238,7 @@ def _progress_bar(send: Callable[[Report], None], cached: int, total: int) -> ty
                 state["done"] += (n or 0) if self._counts else 0
                 if self._counts and time.monotonic() - state["sent"] > PROGRESS_SECONDS:
                     state["sent"] = time.monotonic()
-                    send(Progress(min(int(state["done"]), total), total, str(self.desc or "")))
+                    report(int(state["done"]))
             return cast("bool | None", super().update(n))
 
     return Reporter
@@ -3167,6 +3267,8 @@ def _hub_cause(error: BaseException) -> tuple[str, str]:
 
     if isinstance(error, ServerError):
         return error.kind, str(error)
+    if isinstance(error, errors.HFValidationError):
+        return "invalid_model", f"The Hub's client refuses this name: {error}"
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
         return _hub_cause(error.__cause__)
     if isinstance(error, errors.HfHubHTTPError):
@@ -3361,7 +3463,7 @@ async def _load(meta: ModelMeta) -> EngineProcess:
             log.exception("Loading %s failed: %s", meta.name, error)
             if not isinstance(error, RemoteCodeNotGranted):  # a grant is missing, nothing failed
                 _record_failed_load(meta.name, error)
-            await store.save_model(meta)
+            await _save_figures(meta)
             raise
         await _cache_model(meta, engine)
         return engine
@@ -3407,7 +3509,7 @@ async def _cache_model(meta: ModelMeta, engine: EngineProcess) -> None:
     meta.load_seconds = engine.load_seconds
     meta.memory_bytes = await asyncio.to_thread(engine.memory_bytes)
     meta.parameter_count = engine.info.parameter_count or meta.parameter_count
-    await store.save_model(meta)
+    await _save_figures(meta)
     log.info(
         "✓ Model loaded: %s (backend=%s, quantization=%s, context=%d, %.1f s, %.0f MiB)",
         meta.name, engine.spec.backend, engine.info.quantization, engine.info.context_length,
@@ -3415,6 +3517,14 @@ async def _cache_model(meta: ModelMeta, engine: EngineProcess) -> None:
     )  # fmt: skip
     engine.pin(None)
     engine.unpin(_expire)  # starts the keep-alive time of a model that is loaded and never asked
+
+
+async def _save_figures(meta: ModelMeta) -> None:
+    """Keep what a load showed; a full disk is no reason to refuse an answer."""
+    try:
+        await store.save_model(meta)
+    except ServerError as error:
+        log.warning("What the load of %s showed could not be kept: %s", meta.name, error)
 
 
 async def _wait_for_place(why: str) -> None:
@@ -3677,20 +3787,28 @@ async def generate(request: ChatRequest) -> AsyncGenerator[Event, None]:
     """Answer a request: Started, Text ..., Done. However this ends, the engine stops and the model is unpinned."""
     began = time.perf_counter()
     _check_requirement_early(request, find_model(request.model))
-    async with _admitted(request), loaded(request.model, request.keep_alive) as engine:
-        load_seconds = time.perf_counter() - began
-        request = _with_defaults(request, find_model(request.model))
-        served_by = _served_by(engine, request)
-        async with aclosing(engine.stream(request)) as events:
-            async for event in events:
-                match event:
-                    case Started(prompt_tokens):
-                        yield Started(prompt_tokens, served_by)
-                    case Done():
-                        total = time.perf_counter() - began
-                        yield msgspec.structs.replace(event, load_seconds=load_seconds, total_seconds=total)
-                    case _:
-                        yield event
+    async with (
+        _admitted(request),
+        loaded(request.model, request.keep_alive) as engine,
+        aclosing(_answer(engine, request, began)) as events,
+    ):
+        async for event in events:
+            yield event
+
+
+async def _answer(engine: EngineProcess, request: ChatRequest, began: float) -> AsyncGenerator[Event, None]:
+    """The engine's events, with what only the server knows: the contract, the time for the load, the time in all."""
+    load_seconds = time.perf_counter() - began
+    request = _with_defaults(request, find_model(request.model))
+    served_by = _served_by(engine, request)
+    async with aclosing(engine.stream(request)) as events:
+        async for event in events:
+            if isinstance(event, Started):
+                event = Started(event.prompt_tokens, served_by)
+            elif isinstance(event, Done):
+                total = time.perf_counter() - began
+                event = msgspec.structs.replace(event, load_seconds=load_seconds, total_seconds=total)
+            yield event
 
 
 class EventStream(StreamingResponse):
@@ -3924,16 +4042,39 @@ def _refuse_public_binding() -> None:
     raise SystemExit(78)
 
 
-def serve(pull_at_start: list[str]) -> None:
-    """Run the server until it is told to stop."""
-    import uvicorn
+def _check_names(names: list[str]) -> None:
+    """A name on the command line that cannot be pulled ends the start with 64 and one line."""
+    for name in names:
+        try:
+            resolve_name(name)
+        except ServerError as error:
+            print(f"ai-server: --pull {name!r}: {error}", file=sys.stderr)
+            raise SystemExit(64) from error
 
+
+class _Listener(uvicorn.Server):
+    """uvicorn, but `/health/ready` says 503 and job watchers end as soon as the signal to stop is there."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take SIGTERM or SIGINT."""
+        app.state.phase = "stopping"
+        job_changed.fire()
+        super().handle_exit(sig, frame)
+
+
+def serve(pull_at_start: list[str]) -> None:
+    """Run the server until it is told to stop; a signal to stop ends it with 0."""
     _refuse_public_binding()
+    _check_names(pull_at_start)
     configure_logging()
     app.state.lock = _claim_state_dir()  # here already: uvicorn turns every failure of the lifespan into a 3
     app.state.pull_at_start = pull_at_start
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when it is through: that is a 0
-    uvicorn.run(app, host=HOST, port=PORT, log_level="warning", timeout_graceful_shutdown=int(DRAIN_SECONDS))
+    config = uvicorn.Config(app, HOST, PORT, log_level="warning", timeout_graceful_shutdown=int(DRAIN_SECONDS))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))  # uvicorn raises it again when it is through
+    listener = _Listener(config)
+    listener.run()
+    raise SystemExit(0 if listener.started else 1)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from load_client import Order, Result
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "smollm2:135m"
 # Settings that would make two machines' figures differ for no reason of the machine's.
-OWN_SETTINGS = ("ENGINE_THREADS", "MAX_CONTEXT_LENGTH", "MAX_PARALLEL", "LOG_LEVEL", "LOG_FORMAT", "API_KEYS")
+OWN_SETTINGS = ("ENGINE_THREADS", "MAX_CONTEXT_LENGTH", "MAX_PARALLEL", "MODELS_FILE", "LOG_LEVEL", "LOG_FORMAT")
 
 
 class Child:
