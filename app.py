@@ -3181,7 +3181,6 @@ def _work(command: Command, send: Callable[[Report], None]) -> Report:
 def _fetch_snapshot(fetch: Fetch, send: Callable[[Report], None]) -> Fetched:
     """List, choose, check the disk, download. Blocking; in the worker only."""
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.file_download import repo_folder_name
 
     info = HfApi().model_info(fetch.repo, revision=fetch.revision, files_metadata=True)
     sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or []}
@@ -3193,11 +3192,13 @@ def _fetch_snapshot(fetch: Fetch, send: Callable[[Report], None]) -> Fetched:
     cached = total - sum(int(file.file_size or 0) for file in plan if not file.is_cached)
     _check_disk(Path(constants.HF_HUB_CACHE), total - cached)
     send(Progress(cached, total, chosen[0]))
-    folder = Path(
-        constants.HF_HUB_CACHE, repo_folder_name(repo_id=fetch.repo, repo_type="model"), "snapshots", revision
-    )
-    current = lambda: next((name for name in chosen if not (folder / name).exists()), "")  # noqa: E731
-    bar = _progress_bar(lambda done: send(Progress(min(done, total), total, current())), cached)
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{fetch.repo.replace('/', '--')}" / "snapshots" / revision
+
+    def report(done: int) -> None:
+        current = next((name for name in chosen if not (folder / name).exists()), chosen[-1])
+        send(Progress(min(done, total), total, current))
+
+    bar = _progress_bar(report, cached)
     path = Path(snapshot_download(fetch.repo, revision=revision, allow_patterns=patterns, tqdm_class=bar))
     send(Progress(total, total, chosen[-1]))
     single = path / chosen[0] if chosen[0].endswith(".gguf") else path

@@ -1030,6 +1030,8 @@ def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldStore]
     monkeypatch.setattr(app, "job_tasks", {})
     monkeypatch.setattr(app, "job_changed", app.Signal())
     monkeypatch.setattr(app, "download_semaphore", asyncio.Semaphore(1))
+    for name in [name for name, value in vars(app).items() if isinstance(value, asyncio.Lock)]:
+        monkeypatch.setattr(app, name, asyncio.Lock())  # a lock belongs to the loop that first waited for it
     monkeypatch.setattr(app, "_pull_model", hang)
     yield store
     store.gate.set()
