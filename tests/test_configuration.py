@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import uvicorn
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import app
 
 ROOT = Path(app.__file__).parent
-DURATION = re.compile(r"[+-]?(\d+(\.\d*)?|(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+)", re.ASCII)
+DURATION = re.compile(r"[+-]?(\d+(\.\d*)?(e[+-]?\d+)?|(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+)", re.ASCII)
+NO_DURATION = "not a duration: use seconds or a form such as 5m, 1h30m, -1 for ever"
 FINE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 # One value for each setting that is more than text or a path, which it must refuse.
@@ -31,6 +33,7 @@ BAD_VALUES = {
     "KEEP_ALIVE": "5 minutes",
     "ENGINE_THREADS": "all",
     "MAX_CONTEXT_LENGTH": "8k",
+    "KV_CACHE_BYTES": "4GiB",
     "MAX_PARALLEL": "1.5",
     "LOAD_TIMEOUT": "-",
     "MAX_QUEUE": "0x10",
@@ -49,6 +52,7 @@ SENSELESS_VALUES = {
     "MAX_CONCURRENT_PULLS": "0",
     "PORT": "70000",
     "MAX_CONTEXT_LENGTH": "0",
+    "KV_CACHE_BYTES": "0",
     "MAX_PARALLEL": "0",
     "ENGINE_THREADS": "0",
     "LOAD_TIMEOUT": "-1",
@@ -99,24 +103,33 @@ numbers = st.one_of(
 )
 
 
+def limited(seconds: float) -> float:
+    """More than thirty years is for ever."""
+    return app.FOREVER if seconds > 1e9 else seconds
+
+
 @FINE
 @given(st.lists(st.tuples(numbers, units), min_size=1, max_size=4))
+@example([("277777", "h")])
+@example([("277778", "h")])
 def test_go_durations(parts: list[tuple[str, str]]) -> None:
     """`1h30m`, `300ms`, `1.5h`: the sum of the parts, in seconds; the same with a plus."""
     text = "".join(number + unit for number, unit in parts)
     seconds = sum(float(number) * app.DURATION_UNITS[unit] for number, unit in parts)
-    assert app.parse_duration(text) == pytest.approx(seconds)
-    assert app.parse_duration("+" + text) == pytest.approx(seconds)
+    assert app.parse_duration(text) == pytest.approx(limited(seconds))
+    assert app.parse_duration("+" + text) == pytest.approx(limited(seconds))
     assert app.parse_duration("-" + text) == (math.inf if seconds > 0 else 0)
 
 
 @FINE
 @given(st.integers(0, 10**12))
+@example(10**9)
+@example(10**9 + 1)
 def test_seconds(seconds: int) -> None:
     """A plain number is seconds, as JSON number or as text; writing it down and reading it again changes nothing."""
     assert app.parse_duration(seconds) == app.parse_duration(str(seconds)) == app.parse_duration(f" {seconds}s ")
-    assert app.parse_duration(seconds) == seconds
-    assert app.parse_duration(float(seconds) / 1000) == seconds / 1000 or seconds < 1  # 1e-3 and less: see below
+    assert app.parse_duration(seconds) == limited(seconds)
+    assert app.parse_duration(seconds / 1000) == seconds / 1000
 
 
 @FINE
@@ -132,7 +145,7 @@ def test_negative_means_forever(seconds: int) -> None:
     [
         ("5m", 300), ("1h30m", 5400), ("300ms", 0.3), ("1.5h", 5400), ("0", 0), ("0s", 0), ("-1", math.inf),
         ("-1s", math.inf), ("10us", 1e-5), ("10µs", 1e-5), ("10ns", 1e-8), ("5.s", 5), (" 60 ", 60), (-1, math.inf),
-        (0, 0), (2.5, 2.5),
+        (0, 0), (2.5, 2.5), ("1e3", 1000),
     ],
 )  # fmt: skip
 def test_known_durations(text: str | float, seconds: float) -> None:
@@ -144,37 +157,47 @@ def test_known_durations(text: str | float, seconds: float) -> None:
 @given(st.text(st.sampled_from("0123456789.hmnsuµ+-e ")) | st.text(st.characters(max_codepoint=127)))
 @example("1m-30s")
 @example("m5")
-@example("1e3")
+@example("1e")
+@example("e3")
+@example("1e3s")
 @example("5M")
 @example(".")
 @example("")
 def test_garbage_is_no_duration(text: str) -> None:
-    """Whatever is not of the two forms is refused, with the text quoted."""
-    if DURATION.fullmatch(text.strip()) or re.match(r"\s*[+-]{2}", text):  # two signs: the test below
+    """Whatever is not of the two forms is refused in the same words, which never repeat the text."""
+    if DURATION.fullmatch(text.strip()):
         return
-    with pytest.raises(ValueError, match="is not a duration") as raised:
+    with pytest.raises(ValueError) as raised:
         app.parse_duration(text)
-    assert repr(text.strip()) in str(raised.value)
+    assert str(raised.value) == NO_DURATION
+
+
+@pytest.mark.parametrize("text", ["+-5m", "-+5m", "--5s", "٥s", "٥"])
+def test_subtle_garbage_is_no_duration(text: str) -> None:
+    """Two signs, and digits of other scripts."""
+    with pytest.raises(ValueError, match=NO_DURATION):
+        app.parse_duration(text)
 
 
 @pytest.mark.parametrize(
-    "text",
+    "number",
     [
-        pytest.param(text, marks=pytest.mark.xfail(reason=f"parse_duration takes {text!r}"))
-        for text in ("+-5m", "-+5m", "--5s", "٥s", "٥")
+        1e-05, 1e16, 1e300,
+        pytest.param(10**400, marks=pytest.mark.xfail(reason="OverflowError: as keep_alive a 500"), id="1e400"),
     ],
-)
-def test_subtle_garbage_is_no_duration(text: str) -> None:
-    """Two signs, and digits of other scripts."""
-    with pytest.raises(ValueError, match="is not a duration"):
-        app.parse_duration(text)
-
-
-@pytest.mark.xfail(reason="numbers go through str(): 1e-05 and 1e+16 are refused though they are JSON numbers")
-@pytest.mark.parametrize("number", [1e-05, 1e16, 1e300])
+)  # fmt: skip
 def test_every_number_is_a_duration(number: float) -> None:
     """A JSON number is seconds however Python writes it."""
-    assert app.parse_duration(number) == number
+    assert app.parse_duration(number) == limited(number)
+    assert app.parse_duration(-number) == app.FOREVER
+
+
+@pytest.mark.xfail(reason="LOAD_TIMEOUT=1e10 is refused as negative")
+def test_a_timeout_beyond_the_limit_is_not_called_negative() -> None:
+    """Thirty years and more are for ever, and what may not be for ever says so."""
+    with pytest.raises(ValueError) as raised:
+        app._seconds("1e10")
+    assert str(raised.value) != "it must not be negative"
 
 
 # -- settings -----------------------------------------------------------------
@@ -247,10 +270,7 @@ def test_a_bad_setting_ends_the_start(name: str, value: str, ends: dict[tuple[st
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        pytest.param(name, value, marks=[pytest.mark.xfail(reason="uvicorn ends with a traceback")] * (name == "PORT"))
-        for name, value in SENSELESS_VALUES.items()
-    ],
+    SENSELESS_VALUES.items(),
 )
 def test_a_senseless_setting_ends_the_start(
     name: str, value: str, ends: dict[tuple[str, str], tuple[int, str]]
@@ -286,6 +306,7 @@ def test_defaults() -> None:
         "KEEP_ALIVE": 300,
         "ENGINE_THREADS": 0,
         "MAX_CONTEXT_LENGTH": 8192,
+        "KV_CACHE_BYTES": 0,
         "MAX_PARALLEL": 8,
         "LOAD_TIMEOUT": 1800,
         "LOG_LEVEL": "INFO",
@@ -298,6 +319,14 @@ def test_defaults() -> None:
         "MODELS_FILE": str(ROOT / "models.toml"),
     }
     assert values_in_fresh_process(list(expected), {}) == expected
+
+
+def test_defaults_for_libraries() -> None:
+    """What libraries read for themselves is set before any import, unless the user has said otherwise."""
+    wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn", "DO_NOT_TRACK": "0"}
+    read = values_in_fresh_process(["INHERITED_ENVIRONMENT"], {"DO_NOT_TRACK": "0"})["INHERITED_ENVIRONMENT"]
+    assert isinstance(read, dict)
+    assert wanted.items() <= read.items()
 
 
 def test_values_from_the_environment() -> None:
@@ -351,9 +380,7 @@ def test_settings_show_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
         ("HF_TOKEN", True), ("API_KEYS", True), ("ADMIN_KEYS", True), ("AWS_SECRET_ACCESS_KEY", True),
         ("OPENAI_API_KEY", True), ("DB_PASSWORD", True), ("my_secret", True), ("KEY", True), ("DB_CREDENTIALS", True),
         ("KEEP_ALIVE", False), ("PATH", False), ("HF_HOME", False), ("MONKEY", False), ("KEYBOARD", False),
-        ("TOKENIZERS_PARALLELISM", False), ("AWS_ACCESS_KEY_ID", True),
-        pytest.param("PGPASSWORD", True, marks=pytest.mark.xfail(reason="no underscore before PASSWORD")),
-        pytest.param("APIKEY", True, marks=pytest.mark.xfail(reason="no underscore before KEY")),
+        ("TOKENIZERS_PARALLELISM", False), ("AWS_ACCESS_KEY_ID", True), ("PGPASSWORD", True), ("APIKEY", True),
     ],
 )  # fmt: skip
 def test_which_settings_are_secret(name: str, secret: bool) -> None:
@@ -397,18 +424,39 @@ def test_any_other_host_is_refused(
     app._refuse_public_binding()
 
 
-def test_server_gets_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Host, port and drain time reach uvicorn, and the models to pull the application."""
-    calls: list[dict[str, object]] = []
-    monkeypatch.setattr("uvicorn.run", lambda application, **rest: calls.append({"app": application, **rest}))
-    for name in ("configure_logging", "_claim_state_dir"):
-        monkeypatch.setattr(app, name, lambda: None)
+@pytest.mark.parametrize(("started", "status"), [(True, 0), (False, 1)])
+def test_server_gets_the_settings(started: bool, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host, port and drain time reach uvicorn, the models to pull the application; the end tells whether it started."""
+    configs: list[uvicorn.Config] = []
+
+    def run(listener: app._Listener) -> None:
+        configs.append(listener.config)
+        listener.started = started
+
+    monkeypatch.setattr(app._Listener, "run", run)
+    monkeypatch.setattr(app, "configure_logging", lambda: None)
+    monkeypatch.setattr(app, "_claim_state_dir", lambda: "the lock")
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr(app, "PORT", 4321)
     monkeypatch.setattr(app, "DRAIN_SECONDS", 7.0)
-    app.serve(["gpt2"])
-    assert len(calls) == 1
-    assert calls[0]["app"] is app.app
-    assert (calls[0]["host"], calls[0]["port"], calls[0]["timeout_graceful_shutdown"]) == (app.HOST, 4321, 7)
-    assert app.app.state.pull_at_start == ["gpt2"]
-    monkeypatch.setattr(app.app.state, "pull_at_start", [])
+    for name in ("lock", "pull_at_start"):
+        monkeypatch.setattr(app.app.state, name, None, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        app.serve(["gpt2"])
+    assert ended.value.code == status
+    assert [config.app for config in configs] == [app.app]
+    assert (configs[0].host, configs[0].port, configs[0].timeout_graceful_shutdown) == (app.HOST, 4321, 7)
+    assert (app.app.state.lock, app.app.state.pull_at_start) == ("the lock", ["gpt2"])
+
+
+def test_a_name_that_cannot_be_pulled_ends_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit status 64 and one line, before anything is claimed."""
+    monkeypatch.setattr(app, "_claim_state_dir", lambda: pytest.fail("too late"))
+    with pytest.raises(SystemExit) as ended:
+        app.serve(["gpt2", "../x"])
+    assert ended.value.code == 64
+    said = capsys.readouterr().err
+    assert "'../x'" in said
+    assert len(said.splitlines()) == 1

@@ -111,11 +111,14 @@ def test_damaged_safetensors(content: bytes, folder: Path) -> None:
         (safetensors({"a": {**tensor(0, 4), "shape": [-1]}}, 4), "-1 parameters"),
         (safetensors({"a": {**tensor(0, 4), "shape": [10**30]}}, 4), "10**30 parameters in four bytes"),
         (safetensors(b"[" * 100_000), "RecursionError"),
-        (twice(tensor(0, 4), tensor(0, 4), 4), "the format forbids a name twice"),
+        pytest.param(
+            twice(tensor(0, 4), tensor(0, 4), 4),
+            "the format forbids a name twice",
+            marks=pytest.mark.xfail(reason="the last of two equal names is taken"),
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-@pytest.mark.xfail(reason="check_safetensors takes it, or another exception escapes")
 def test_subtly_damaged_safetensors(content: bytes, reason: str, folder: Path) -> None:
     """Headers that are JSON and still nonsense."""
     with pytest.raises(app.BadModelFiles):
@@ -160,7 +163,6 @@ entries = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.xfail(reason="see test_subtly_damaged_safetensors")
 @FINE
 @given(st.dictionaries(st.text(max_size=2), entries | json_values, max_size=3) | json_values, st.integers(0, 9))
 @example({"a": {"data_offsets": [0, 4], "shape": None}}, 4)
@@ -297,7 +299,6 @@ def test_truncated_gguf(folder: Path) -> None:
             read(GOOD_GGUF[:size], folder)
 
 
-@pytest.mark.xfail(reason="the last list of numbers may reach beyond the end of the file")
 def test_truncated_gguf_that_ends_with_a_list(folder: Path) -> None:
     """Also inside a list of numbers at the end."""
     content = gguf(*LLAMA, pair("scores", 9, array(12, 3, bytes(24))))
@@ -307,13 +308,15 @@ def test_truncated_gguf_that_ends_with_a_list(folder: Path) -> None:
             read(content[:size], folder)
 
 
-@pytest.mark.xfail(reason="taken as they are")
 @pytest.mark.parametrize(
     "tail",
     [
         weights("a", (1,) * 8, dimensions=2**32 - 1),  # GGUF has four dimensions at most
         weights("a", (2**63, 2**63)),  # more values than there are bytes
-        weights("a", (4,), offset=40),  # within the file, but counted from the end of the head
+        pytest.param(  # within the file, but counted from the end of the head
+            weights("a", (4,), offset=40),
+            marks=pytest.mark.xfail(reason="an offset is compared with the size of the file, not of its data"),
+        ),
     ],
     ids=["dimensions", "shape", "offset"],
 )
@@ -323,7 +326,6 @@ def test_tensors_that_cannot_be(folder: Path, tail: bytes) -> None:
         read(gguf(tensors=1, tail=tail), folder)
 
 
-@pytest.mark.xfail(reason="RecursionError escapes: 12 bytes a level are enough")
 def test_deeply_nested_gguf(folder: Path) -> None:
     """Lists in lists in lists."""
     with pytest.raises(app.BadModelFiles):
@@ -563,7 +565,6 @@ def test_damaged_snapshots(config: Any, contents: dict[str, bytes], snapshot: Sn
         described(snapshot(config, **contents))
 
 
-@pytest.mark.xfail(reason="AttributeError, ValueError, KeyError, OverflowError or RecursionError escapes")
 @pytest.mark.parametrize(
     "config",
     [
@@ -581,7 +582,6 @@ def test_odd_configs(config: Any, snapshot: Snapshot) -> None:
         assert storable(described(path))
 
 
-@pytest.mark.xfail(reason="2.5 parameters are stored, and the next start of the server fails when it reads them back")
 def test_hostile_header_does_not_end_the_server(snapshot: Snapshot) -> None:
     """Whatever a header says, what is kept of it can be read again."""
     header = {"a": {**tensor(0, 4), "shape": [2.5]}}
@@ -590,13 +590,12 @@ def test_hostile_header_does_not_end_the_server(snapshot: Snapshot) -> None:
         assert storable(described(path))
 
 
-@pytest.mark.xfail(reason="the index of the weights is not compared with the files that are there")
 def test_missing_shard(snapshot: Snapshot) -> None:
     """Weights of which a part is missing are said at the pull."""
     index = json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}).encode()
     path = snapshot(LLAMA_CONFIG, a__safetensors=GOOD)
     (path / "model.safetensors.index.json").write_bytes(index)
-    with pytest.raises(app.BadModelFiles):
+    with pytest.raises(app.BadModelFiles, match=r"^b\.safetensors of org/model is missing\. Pull the model again\.$"):
         described(path)
 
 
@@ -626,7 +625,6 @@ def test_describe_split_gguf(tmp_path: Path) -> None:
         app.check_files(meta)
 
 
-@pytest.mark.xfail(reason="choose_files takes M.GGUF, then weight_files does not find it: `the files are gone`")
 def test_describe_gguf_in_capitals(tmp_path: Path) -> None:
     """The case of the suffix does not matter."""
     (tmp_path / "M-Q8_0.GGUF").write_bytes(GOOD_GGUF)
@@ -642,9 +640,9 @@ def test_files_that_are_gone(tmp_path: Path) -> None:
     meta = described(path)
     app.check_files(meta)
     path.unlink()
-    with pytest.raises(app.BadModelFiles, match="gone"):
+    with pytest.raises(app.BadModelFiles, match=r"is missing\. Pull the model again\.$"):
         app.check_files(meta)
-    with pytest.raises(app.BadModelFiles, match="gone"):
+    with pytest.raises(app.BadModelFiles, match=r"is missing\. Pull the model again\.$"):
         app.check_files(app.ModelMeta("m", "test", str(tmp_path / "nowhere")))
 
 
@@ -688,7 +686,6 @@ def test_gguf_facts(tmp_path: Path) -> None:
     assert (described(path).family, described(path).embedding) == ("", False)
 
 
-@pytest.mark.xfail(reason="ValueError escapes: the value's type is the file's choice")
 @pytest.mark.parametrize("value", [(8, text("long")), (6, struct.pack("<f", float("nan")))])
 def test_odd_gguf_facts(value: tuple[int, bytes], tmp_path: Path) -> None:
     """A context length that is no number."""
@@ -742,7 +739,6 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """The engine libraries that are there; all of them unless a test takes some away."""
     names = {"torch", "transformers", "accelerate", "vllm", "xllamacpp", "bitsandbytes"}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in names else None)
-    monkeypatch.setattr(app, "ENGINES", dict.fromkeys(("vllm", "transformers", "pipeline", "llama.cpp"), object))
     monkeypatch.setattr(app, "ENGINE_PYTHON_VLLM", "")
     yield names
 
@@ -763,6 +759,9 @@ CUSTOM: Json = {"custom_code": True}
     [
         ("vllm", PLAIN, "none", ""),
         ("vllm", MIXTURE, "none", ""),
+        ("vllm", PLAIN, "4bit-nf4", "vllm-bnb-plugin"),
+        ("vllm", CUSTOM, "none", "not granted at /pull"),
+        ("vllm", CUSTOM | {"trust_remote_code": True}, "none", ""),
         ("transformers", PLAIN, "none", ""),
         ("transformers", PLAIN, "4bit-nf4", ""),
         ("transformers", MIXTURE, "none", "mixture of experts"),
@@ -805,6 +804,14 @@ def test_missing_bitsandbytes_refuses_four_bit(installed: set[str]) -> None:
     assert app.cheap_refusal(meta_of(), "transformers", "none") == ""
 
 
+def test_four_bit_with_the_plugin(installed: set[str]) -> None:
+    """vLLM needs the plugin and bitsandbytes itself."""
+    installed.add("vllm_bnb_plugin")
+    assert app.cheap_refusal(meta_of(), "vllm", "4bit-nf4") == ""
+    installed.discard("bitsandbytes")
+    assert "bitsandbytes is not installed" in app.cheap_refusal(meta_of(), "vllm", "4bit-nf4")
+
+
 def test_missing_bitsandbytes_is_nothing_to_llama_cpp(installed: set[str], tmp_path: Path) -> None:
     """A GGUF file is quantized or not, bitsandbytes has no part in it, even if 4-bit was asked for."""
     installed.discard("bitsandbytes")
@@ -821,3 +828,12 @@ def test_vllm_of_another_interpreter(installed: set[str], tmp_path: Path, monkey
     assert str(tmp_path / "python") in app.engine_unavailable("vllm")
     (tmp_path / "python").touch()
     assert app.engine_unavailable("vllm") == ""
+
+
+@pytest.mark.xfail(reason="vllm_bnb_plugin and bitsandbytes are looked for in this interpreter, not in vLLM's own")
+@pytest.mark.usefixtures("installed")
+def test_plugin_of_another_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this environment lacks says nothing about the other one."""
+    (tmp_path / "python").touch()
+    monkeypatch.setattr(app, "ENGINE_PYTHON_VLLM", str(tmp_path / "python"))
+    assert app.cheap_refusal(meta_of(), "vllm", "4bit-nf4") == ""

@@ -143,24 +143,15 @@ def frame_of(command: app.Command) -> bytes:
     return struct.pack(">I", len(payload)) + payload
 
 
-@pytest.mark.parametrize(
-    "rest",
-    [
-        b"",
-        b"\0\0",
-        pytest.param(
-            frame_of(app.Load(SPEC))[:20],
-            marks=pytest.mark.xfail(reason="half a frame kills the reader thread, and the child lives on"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("rest", [b"", b"\0\0", frame_of(app.Load(SPEC))[:20], b"\0\0\0\1\xc1"])
 def test_reading_commands_to_the_end(rest: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command in order; when the pipe closes, even within a frame, the process group ends."""
     taken: list[app.Command] = []
     ended: list[bool] = []
     monkeypatch.setattr(sys, "stdin", Stdin(b"".join(map(frame_of, COMMANDS)) + rest))
     monkeypatch.setattr(app, "end_process_group", lambda: ended.append(True))
-    app.read_commands(taken.append)
+    with suppress(msgspec.DecodeError):  # the real one ends the process before this is raised
+        app.read_commands(taken.append)
     assert taken == COMMANDS
     assert ended == [True]
 
@@ -364,7 +355,6 @@ def test_pull_worker_gets_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "HF_HUB_OFFLINE" not in child
 
 
-@pytest.mark.xfail(reason="the pull worker inherits every secret, not only the Hub's token")
 def test_pull_worker_gets_no_other_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server's own keys are of no use to it."""
     monkeypatch.setattr(app, "INHERITED_ENVIRONMENT", {"HF_TOKEN": "secret", "API_KEYS": "k", "ADMIN_KEYS": "k"})
@@ -574,13 +564,7 @@ def test_a_refused_load(kind: str, error: type[app.ServerError], monkeypatch: py
     run(scenario())
 
 
-@pytest.mark.parametrize(
-    "seconds",
-    [
-        0.0, 300.0, math.inf,
-        pytest.param(1e12, marks=pytest.mark.xfail(reason="a date after the year 9999 makes GET /models fail")),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("seconds", [0.0, 300.0, app.LONGEST_SECONDS, math.inf])
 def test_keep_alive_of_an_engine(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pinned it has no end; when the last request is through the time runs, and it can always be shown."""
 

@@ -45,6 +45,8 @@ SECTIONS = (
 )
 # What the server process must never import: together they cost seconds and hundreds of MiB.
 ENGINE_LIBRARIES = ("torch", "transformers", "vllm", "xllamacpp", "huggingface_hub", "numpy")
+# The one word of a protocol in an engine: vLLM has defaults for each use, and this is its own name for a server's.
+VLLM_DEFAULTS = "UsageContext.OPENAI_API_SERVER"
 # The only uses of a name from a section below: function -> the sections it may reach into, and why.
 REACHES_DOWN = {
     "lifespan": {"MODEL STORE", "MODEL LIFECYCLE", "DIALECTS"},  # the application's beginning and end, by design
@@ -184,7 +186,6 @@ def test_median_function() -> None:
     assert statistics.median(length(each) for each in functions()) <= 8
 
 
-@pytest.mark.xfail(reason="four deep, `with` counted: _assemble, _evict_lru_if_needed, generate")
 def test_nesting() -> None:
     """Control statements are nested three deep at most."""
     too_deep = {f"{each.name}:{each.lineno}": depth(each.body) for each in functions() if depth(each.body) > 3}
@@ -300,14 +301,16 @@ def test_engines_know_no_dialect(section: str) -> None:
     """What runs in a child, and the pipes to it, never name a protocol."""
     tokens = list(code_tokens(section))
     assert len(tokens) > 500
-    assert [t.start for t in tokens if re.search("ollama|openai|anthropic", t.string, re.IGNORECASE)] == []
+    named = [t.line for t in tokens if re.search("ollama|openai|anthropic", t.string, re.IGNORECASE)]
+    assert [line.strip() for line in named if VLLM_DEFAULTS not in line] == []
 
 
 @pytest.mark.parametrize("section", ["DIALECTS", "GENERATION"])
 def test_dialects_and_generation_know_no_engine(section: str) -> None:
     """They name neither an engine's class nor a backend."""
-    classes = {cls.__name__ for cls in app.ENGINES.values()} | {"VLLMEngine", "ENGINES"}
-    backends = {repr(name) for name in (*app.ENGINE_LIBRARIES, "vllm")}
+    classes = {cls.__name__ for cls in app.ENGINES.values()} | {"ENGINES"}
+    assert app.ENGINES.keys() == app.ENGINE_LIBRARIES.keys()
+    backends = {repr(name) for name in app.ENGINES}
     tokens = list(code_tokens(section))
     assert len(tokens) > 500
     named = [t.string for t in tokens if t.string in classes or t.string.replace('"', "'") in backends]

@@ -52,7 +52,6 @@ def test_output_is_the_text_up_to_the_first_stop(text: str, stops: list[str], pl
     assert router.hit is None or text[len(expected) :].startswith(router.hit)
 
 
-@pytest.mark.xfail(reason="a stop inside a longer one is taken at once, so the answer depends on how text is chunked")
 @FINE
 @given(letters, stop_lists, cuts)
 @example("abc", ["abc", "b"], [2])

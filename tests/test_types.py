@@ -90,7 +90,6 @@ def test_error_crosses_a_process_boundary(error: type[app.ServerError]) -> None:
     assert (str(back), back.retry_after, back.details) == ("what happened", None, "")
 
 
-@pytest.mark.xfail(reason="ERRORS_BY_KIND lacks the root: an unforeseen error of a pull is shown as engine_failed")
 def test_internal_error_crosses_a_process_boundary() -> None:
     """`_hub_cause` uses the kind of the root class as well."""
     assert app.error_of(app.ServerError.kind, "x").kind == "internal_error"
