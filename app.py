@@ -127,7 +127,7 @@ def parse_duration(value: str | int | float) -> float:
 
     Returns seconds. Raises ValueError.
     """
-    text = value.strip() if isinstance(value, str) else repr(float(value))
+    text = value.strip() if isinstance(value, str) else repr(float(max(-1, min(value, 2 * LONGEST_SECONDS))))
     match = re.fullmatch(r"([+-]?)((?:[0-9]+(?:\.[0-9]*)?(?:ns|us|µs|ms|s|m|h))+)", text)
     if match is not None:
         parts = re.findall(r"([0-9.]+)([a-zµ]+)", match[2])
@@ -167,7 +167,7 @@ def _whole(least: int, most: int = 2**62) -> Callable[[str], int]:
 def _seconds(value: str) -> float:
     """A reader of durations that cannot be for ever."""
     if (seconds := parse_duration(value)) == FOREVER:
-        raise ValueError("it must not be negative")
+        raise ValueError("it must not be negative, nor over thirty years")
     return seconds
 
 
@@ -918,7 +918,7 @@ class StopStrings:
         self._held += text
         found = [(self._held.find(stop) + len(stop), stop) for stop in self._stops if stop in self._held]
         if found:  # the one that is complete first, whatever the pieces the text came in
-            end, self.hit = min(found)
+            end, self.hit = min(found, key=lambda each: (each[0], -len(each[1])))
             at = end - len(self.hit)
             shown, self._held = self._held[:at], ""
             return shown
@@ -1611,19 +1611,19 @@ class _Penalties:
 
 
 class _SeededChoice:
-    """Draws the next token from what the warpers left, with a random generator of the request's own."""
+    """Draws the next token from what the warpers left, with a random generator of the request's own, on its device."""
 
     def __init__(self, seed: int | None) -> None:
-        import torch
-
-        self._generator = torch.Generator()
-        self._generator.manual_seed(seed & (2**63 - 1) if seed is not None and seed >= 0 else secrets.randbits(63))
+        self._seed = seed & (2**63 - 1) if seed is not None and seed >= 0 else secrets.randbits(63)
+        self._generator: Any = None
 
     def __call__(self, _: Any, scores: Any) -> Any:
         import torch
 
-        probabilities = torch.softmax(scores.float(), dim=-1).cpu()
-        chosen = torch.multinomial(probabilities, 1, generator=self._generator).to(scores.device)
+        if self._generator is None:
+            self._generator = torch.Generator(device=scores.device)
+            self._generator.manual_seed(self._seed)
+        chosen = torch.multinomial(torch.softmax(scores.float(), dim=-1), 1, generator=self._generator)
         return torch.full_like(scores, float("-inf")).scatter(-1, chosen, 0.0)
 
 
@@ -2237,7 +2237,7 @@ Penalty = Annotated[float | None, Field(ge=-2, le=2)]
 StopList = Annotated[
     list[Annotated[str, Field(max_length=256)]] | None,
     Field(max_length=16),
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=str | list[str]),
 ]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 
@@ -2268,11 +2268,17 @@ class TextPart(_Strict):
     text: str
 
 
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 class MessageBody(_Strict):
     """One turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: Annotated[
+        list[TextPart] | None, BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart] | None)
+    ] = None
 
 
 class ChatBody(SamplingBody):
@@ -2286,18 +2292,21 @@ class ChatBody(SamplingBody):
     keep_alive: str | int | float | None = None
 
 
+REVISION = r"^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?(/[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?)*$"
+
+
 class PullBody(_Strict):
     """The body of POST /pull."""
 
     model: Name
-    revision: Annotated[str | None, Field(pattern=r"^\w([\w.-]*\w)?(/\w([\w.-]*\w)?)*$", max_length=200)] = None
+    revision: Annotated[str | None, Field(pattern=REVISION, max_length=200)] = None
     quantize: QuantizeChoice = "auto"
     init: bool = False
     trust_remote_code: bool = False
 
 
 BodyModel = TypeVar("BodyModel", bound=BaseModel)
-UNION_BRANCHES = {"str", "int", "float", "list[TextPart]"}  # pydantic names them like fields in an error's place
+UNION_BRANCHES = {"str", "int", "float"}  # pydantic names them like fields in an error's place
 
 
 def validated(model: type[BodyModel], body: Body) -> BodyModel:
@@ -2332,13 +2341,7 @@ def native_parse(body: Body) -> ChatRequest:
 
 
 def _native_messages(bodies: list[MessageBody]) -> list[Message]:
-    return [Message(body.role, _content_text(body.content)) for body in bodies]
-
-
-def _content_text(content: str | list[TextPart] | None) -> str:
-    if isinstance(content, list):
-        return "".join(part.text for part in content)
-    return content or ""
+    return [Message(body.role, "".join(part.text for part in body.content or [])) for body in bodies]
 
 
 def _native_sampling(chat: ChatBody) -> Sampling:
@@ -2368,7 +2371,7 @@ def _unknown_fields(chat: ChatBody) -> Iterator[str]:
     yield from chat.model_extra or {}
     yield from (f"options.{name}" for name in (chat.options.model_extra if chat.options else None) or {})
     messages = chat.messages or []
-    parts = [part for message in messages if isinstance(message.content, list) for part in message.content]
+    parts = [part for message in messages for part in message.content or []]
     seen = {f"messages.{name}" for message in messages for name in message.model_extra or {}}
     seen |= {f"messages.content.{name}" for part in parts for name in part.model_extra or {}}
     yield from sorted(seen)
@@ -2507,6 +2510,8 @@ def resolve_name(raw: str, revision: str | None = None) -> ModelSource:
     """
     if (found := catalogue.find(raw)) is not None:
         name, entry = found
+        if revision is not None and entry.repo is None:
+            raise BadRequest(f"Field 'revision': {name} comes as a Python package and has no revisions.")
         return ModelSource(name, entry.repo, revision or entry.revision, entry=entry)
     match = HUB_NAME.fullmatch(raw)
     if match is None or ".." in raw or "--" in raw or match["repo"].endswith(".git"):
@@ -2515,6 +2520,8 @@ def resolve_name(raw: str, revision: str | None = None) -> ModelSource:
         )
     if match["revision"] and revision not in (None, match["revision"]):
         raise BadRequest("Field 'revision': the model's name has another one.")
+    if revision is not None and ".." in revision:
+        raise BadRequest("Field 'revision': use a branch, a tag or a commit of the repository.")
     tag = match["tag"] if match["tag"] != "latest" else None
     if tag is not None and "/" not in match["repo"]:
         raise NotFound(f"Model {raw} not found: no such name in the catalogue. A Hub id has the form org/repo.")
@@ -2701,7 +2708,7 @@ def _describe_gguf(meta: ModelMeta, path: Path) -> None:
     meta.size_bytes = sum(file.stat().st_size for file in weight_files(meta))
     meta.architecture = meta.family = str(head.get("general.architecture", ""))
     trained = head.get(f"{meta.family}.context_length", 0)
-    meta.context_length = trained if isinstance(trained, int) else 0
+    meta.context_length = max(0, trained) if isinstance(trained, int) else 0
     meta.embedding = f"{meta.family}.pooling_type" in head
     meta.has_chat_template = "tokenizer.chat_template" in head
     meta.stored_quantization = GGUF_FILE_TYPES.get(head.get("general.file_type", -1), "unknown")
@@ -3345,8 +3352,8 @@ def cheap_refusal(meta: ModelMeta, backend: str, quantization: str) -> str:
     """Why a rung cannot serve a model, as far as that is known without starting it; else an empty text."""
     if reason := engine_unavailable(backend):
         return reason
-    if backend == "vllm" and quantization != "none" and importlib.util.find_spec("vllm_bnb_plugin") is None:
-        return "4-bit nf4 weights need the package vllm-bnb-plugin"
+    if backend == "vllm" and quantization != "none":
+        return "4-bit nf4 weights are loaded by the transformers rung"
     if backend == "vllm" and meta.custom_code and not meta.trust_remote_code:
         return "the model needs custom code from its repository, which was not granted at /pull"
     if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:

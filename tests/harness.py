@@ -40,7 +40,7 @@ class Server:
     """`python app.py` (or the fake-engine variant) as a child of the test."""
 
     def __init__(
-        self, folder: Path, *arguments: str, fake: bool = False, as_uvicorn: bool = False, **settings: str
+        self, folder: Path, *arguments: str, fake: bool = False, runner: str = "python", **settings: str
     ) -> None:
         self.folder = folder
         self.port = free_port()
@@ -48,7 +48,7 @@ class Server:
         self.log_file = folder / "app.log"
         self._program = ROOT / ("tests/fakeserver.py" if fake else "app.py")
         self._command = [sys.executable, str(self._program), *arguments]
-        if as_uvicorn:
+        if runner == "uvicorn":
             self._command = [sys.executable, "-m", "uvicorn", "app:app", "--port", str(self.port)]
         self._environment = {
             **os.environ,

@@ -759,7 +759,7 @@ CUSTOM: Json = {"custom_code": True}
     [
         ("vllm", PLAIN, "none", ""),
         ("vllm", MIXTURE, "none", ""),
-        ("vllm", PLAIN, "4bit-nf4", "vllm-bnb-plugin"),
+        ("vllm", PLAIN, "4bit-nf4", "loaded by the transformers rung"),
         ("vllm", CUSTOM, "none", "not granted at /pull"),
         ("vllm", CUSTOM | {"trust_remote_code": True}, "none", ""),
         ("transformers", PLAIN, "none", ""),
@@ -804,14 +804,6 @@ def test_missing_bitsandbytes_refuses_four_bit(installed: set[str]) -> None:
     assert app.cheap_refusal(meta_of(), "transformers", "none") == ""
 
 
-def test_four_bit_with_the_plugin(installed: set[str]) -> None:
-    """vLLM needs the plugin and bitsandbytes itself."""
-    installed.add("vllm_bnb_plugin")
-    assert app.cheap_refusal(meta_of(), "vllm", "4bit-nf4") == ""
-    installed.discard("bitsandbytes")
-    assert "bitsandbytes is not installed" in app.cheap_refusal(meta_of(), "vllm", "4bit-nf4")
-
-
 def test_missing_bitsandbytes_is_nothing_to_llama_cpp(installed: set[str], tmp_path: Path) -> None:
     """A GGUF file is quantized or not, bitsandbytes has no part in it, even if 4-bit was asked for."""
     installed.discard("bitsandbytes")
@@ -828,12 +820,3 @@ def test_vllm_of_another_interpreter(installed: set[str], tmp_path: Path, monkey
     assert str(tmp_path / "python") in app.engine_unavailable("vllm")
     (tmp_path / "python").touch()
     assert app.engine_unavailable("vllm") == ""
-
-
-@pytest.mark.xfail(reason="vllm_bnb_plugin and bitsandbytes are looked for in this interpreter, not in vLLM's own")
-@pytest.mark.usefixtures("installed")
-def test_plugin_of_another_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this environment lacks says nothing about the other one."""
-    (tmp_path / "python").touch()
-    monkeypatch.setattr(app, "ENGINE_PYTHON_VLLM", str(tmp_path / "python"))
-    assert app.cheap_refusal(meta_of(), "vllm", "4bit-nf4") == ""

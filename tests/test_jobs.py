@@ -20,7 +20,14 @@ from harness import Json, Server, free_port, wait_until
 from hubstub import FOREVER, HubStub
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 import app
 
@@ -901,62 +908,79 @@ def test_every_acknowledged_pull_survives_a_kill_in_a_burst(stub: HubStub, tmp_p
 class JobsOverRestarts(RuleBasedStateMachine):
     """Pulls, cancels, kills and restarts in any order: no acknowledged job is ever lost."""
 
-    job_ids: Bundle[str] = Bundle("job_ids")
-
     def __init__(self, stub: HubStub, folder: Path) -> None:
         super().__init__()
         self.stub = stub
-        self.acknowledged: set[str] = set()
+        self.acknowledged: list[str] = []
         self.cancelled: set[str] = set()
-        stub.fault("stall", "/machine/*/resolve/*.safetensors", times=FOREVER)
+        self.fresh = True  # nothing has happened since the last start
+        stub.fault("stall", "/api/models/machine/?", at_bytes=-1, times=FOREVER)
         self.server = make_server(stub, folder, MAX_CONCURRENT_PULLS="1")
         self.server.start()
 
-    @rule(target=job_ids, name=st.sampled_from(["machine/a", "machine/b"]), quantize=st.sampled_from(["auto", "4bit"]))
-    def pull(self, name: str, quantize: str) -> str:
-        """A pull is acknowledged."""
+    @initialize()
+    def begin(self) -> None:
+        """One pull runs and one is queued."""
+        self.pull("machine/a", "auto")
+        self.pull("machine/b", "auto")
+
+    @rule(name=st.sampled_from(["machine/a", "machine/b"]), quantize=st.sampled_from(["auto", "4bit", "none"]))
+    def pull(self, name: str, quantize: str) -> None:
+        """A pull is acknowledged: as a new job, or as one that is known and open."""
         response = self.server.client.post("/pull", json={"model": name, "quantize": quantize})
         assert response.status_code in (200, 202)
         job_id: str = response.json()["id"]
         assert (job_id in self.acknowledged) == (response.status_code == 200)
         assert job_id not in self.cancelled
-        self.acknowledged.add(job_id)
-        return job_id
+        self.acknowledged += [job_id] if response.status_code == 202 else []
+        self.fresh = False
 
-    @rule(job_id=consumes(job_ids))
-    def cancel(self, job_id: str) -> None:
+    @rule(pick=st.integers(min_value=0, max_value=5))
+    def cancel(self, pick: int) -> None:
         """A job is cancelled, or had ended."""
+        job_id = self.acknowledged[pick % len(self.acknowledged)]
         if self.server.client.delete(f"/jobs/{job_id}").json()["status"] == "cancelled":
             self.cancelled.add(job_id)
+        self.fresh = False
 
+    @precondition(lambda self: not self.fresh)
     @rule()
     def kill_and_restart(self) -> None:
         """The server is gone without a word, and comes back."""
         kill(self.server)
         self.server.start()
+        self.fresh = True
 
-    @rule()
-    def release(self) -> None:
-        """What hangs at the Hub goes on."""
+    @rule(to_the_end=st.booleans())
+    def go_on(self, to_the_end: bool) -> None:
+        """The pull that hangs at the Hub goes on: to its end, or just so far as it comes."""
+        before = self.open_jobs()
+        wait_until(lambda: self.stub.stalled or not self.open_jobs(), what="a pull at the Hub")
         self.stub.release()
+        if before and to_the_end:
+            wait_until(lambda: self.open_jobs() < before, what="the end of a job")
+        self.fresh = False
+
+    def open_jobs(self) -> int:
+        """How many jobs are not at their end."""
+        return sum(job["status"] not in FINAL for job in jobs_of(self.server))
 
     @invariant()
     def nothing_is_lost(self) -> None:
         """Every acknowledged job is listed with a legal status, and what was cancelled stays so."""
         statuses = {job["id"]: job["status"] for job in jobs_of(self.server)}
-        assert self.acknowledged == set(statuses)
+        assert set(self.acknowledged) == set(statuses)
         assert set(statuses.values()) <= STATUSES
         assert {statuses[job_id] for job_id in self.cancelled} <= {"cancelled"}
 
     def teardown(self) -> None:
-        """At the end all open jobs end."""
+        """After one more kill all open jobs end."""
         self.stub.clear_faults()
-        self.stub.release()
         try:
+            self.kill_and_restart()
             for job_id in self.acknowledged:
-                assert self.server.finished(job_id)["status"] == (
-                    "cancelled" if job_id in self.cancelled else "succeeded"
-                )
+                expected = "cancelled" if job_id in self.cancelled else "succeeded"
+                assert self.server.finished(job_id)["status"] == expected
         finally:
             self.server.stop()
             self.server.client.close()

@@ -72,7 +72,7 @@ def test_options_inside_and_beside_mean_the_same(server: Server) -> None:
     """`options.num_predict` is `max_tokens`; what stands beside wins."""
     assert server.chat(MODEL, "Count to ten.", options={"num_predict": 3}).json()["eval_count"] == 3
     assert server.chat(MODEL, "Count to ten.", max_tokens=2, options={"num_predict": 3}).json()["eval_count"] == 2
-    nulls = {"max_tokens": None, "stop": None, "seed": None}
+    nulls: Json = {"max_tokens": None, "stop": None, "seed": None}
     assert server.chat(MODEL, "Count to ten.", options={"num_predict": 3}, **nulls).json()["eval_count"] == 3
 
 
@@ -263,7 +263,7 @@ def test_strict_parameters_refuse_what_cannot_be_honoured(server: Server, tmp_pa
 
 def test_plain_uvicorn_serves_the_same_app(tmp_path: Any) -> None:
     """`uvicorn app:app` works too."""
-    with Server(tmp_path, as_uvicorn=True) as plain:
+    with Server(tmp_path, runner="uvicorn") as plain:
         plain.have(MODEL)
         assert "Paris" in plain.answer(MODEL, max_tokens=16)
 

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="no environment with
 def vllm(hub: HubStub, hub_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose first rung is installed, with one model loaded."""
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub_cache), "ENGINE_PYTHON_VLLM": str(PYTHON)}
-    with Server(tmp_path_factory.mktemp("vllm"), KV_CACHE_BYTES=str(512 * 1024 * 1024), **settings) as running:
+    settings["KV_CACHE_BYTES"] = str(512 * 1024 * 1024)
+    with Server(tmp_path_factory.mktemp("vllm"), fake=False, **settings) as running:
         running.client.timeout = 600
         running.have(MODEL)
         yield running
