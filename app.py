@@ -641,9 +641,9 @@ class Signal:
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
-    async def wait(self) -> None:
-        """Wait for the next firing."""
-        await self._event.wait()
+    def next(self) -> asyncio.Event:
+        """The event that the next firing sets: take it before you look at what may change."""
+        return self._event
 
     def fire(self) -> None:
         """Wake all who wait now."""
@@ -3150,10 +3150,13 @@ def _claim_state_dir() -> Any:
 async def watch_job(job: Job) -> AsyncGenerator[bytes, None]:
     """A job as server-sent events: now, at every change, and at its end; a comment every 15 s keeps the line open."""
     while job.status not in FINAL_STATUSES and app.state.phase != "stopping":
-        changed = asyncio.create_task(job_changed.wait())
+        changed = job_changed.next()
         yield sse(("progress", msgspec.to_builtins(job)))
-        while not (await asyncio.wait({changed}, timeout=15))[0]:
-            yield b": keep-alive\n\n"
+        while not changed.is_set():
+            try:
+                await asyncio.wait_for(changed.wait(), 15)
+            except TimeoutError:
+                yield b": keep-alive\n\n"
     if job.status in FINAL_STATUSES:  # else the server stops; the job goes on at its next start
         yield sse(("done", msgspec.to_builtins(job)))
 
@@ -3218,7 +3221,8 @@ def _check_disk(cache: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if needed + DISK_RESERVE_BYTES > free:
         raise DiskFull(
-            f"The download needs {needed} bytes and {DISK_RESERVE_BYTES} must stay free, but the disk has {free}."
+            f"The download needs {needed} bytes and {DISK_RESERVE_BYTES} must stay free, but the disk has {free}: "
+            "free some space and pull again."
         )
 
 
@@ -3300,7 +3304,7 @@ def _http_cause(error: Any) -> tuple[str, str]:
     if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
         return "not_found", "The Hub has no such model, or it is private: check the name, or set HF_TOKEN."
     if isinstance(error, errors.RevisionNotFoundError):
-        return "not_found", "The Hub has the model, but not this revision."
+        return "not_found", "The Hub has the model, but not this revision: check it, or pull without one."
     return "hub_error", f"The Hub answered with status {status}. Pull again later."
 
 
@@ -3538,7 +3542,7 @@ async def _save_figures(meta: ModelMeta) -> None:
 async def _wait_for_place(why: str) -> None:
     """Wait until a pin or a model goes away, at most QUEUE_TIMEOUT. Raises NoCapacity with `why`."""
     try:
-        await asyncio.wait_for(places_changed.wait(), QUEUE_TIMEOUT)
+        await asyncio.wait_for(places_changed.next().wait(), QUEUE_TIMEOUT)
     except TimeoutError as error:
         raise NoCapacity(f"{why} Nothing changed within {QUEUE_TIMEOUT:.0f} s.", retry_after=QUEUE_TIMEOUT) from error
 

@@ -36,7 +36,7 @@ class Plan:
     neighbour_seconds: float  # a peer that crawls is cut off after this time
 
 
-FULL = Plan(5, 5, 3, 128, 60, 14, 10, 3, 15)
+FULL = Plan(5, 5, 3, 128, 60, 14, 8, 3, 10)
 QUICK = Plan(5, 3, 2, 48, 24, 5, 3, 2, 5)
 
 

@@ -84,7 +84,8 @@ def test_unknown_parameters_are_named(server: Server) -> None:
 
 def test_header_values_cannot_be_injected(server: Server) -> None:
     """A hostile field name stays inside one header line."""
-    reply = server.chat(MODEL, max_tokens=2, **{"a\r\nX-Evil: 1": 1, "é" * 3000: 2})
+    hostile: Json = {"a\r\nX-Evil: 1": 1, "é" * 3000: 2}
+    reply = server.chat(MODEL, max_tokens=2, **hostile)
     assert reply.status_code == 200
     assert "x-evil" not in reply.headers
     assert len(reply.headers["x-ignored-parameters"]) <= 1000
