@@ -3330,9 +3330,7 @@ def engine_unavailable(backend: str) -> str:
         missing = [] if Path(ENGINE_PYTHON_VLLM).exists() else [ENGINE_PYTHON_VLLM]
     else:
         missing = [name for name in ENGINE_LIBRARIES[backend] if importlib.util.find_spec(name) is None]
-    if missing:
-        return f"not installed ({', '.join(missing)} missing)"
-    return "" if backend in ENGINES else "installed, but this version does not drive it yet"
+    return f"not installed ({', '.join(missing)} missing)" if missing else ""
 
 
 def decide_quantization(meta: ModelMeta, gpu: bool, bitsandbytes: bool) -> str:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from harness import Json, Server, free_port, wait_until
 from hubstub import FOREVER, HubStub
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -1003,7 +1003,7 @@ def test_no_job_is_lost_whatever_happens(stub: HubStub, tmp_path: Path) -> None:
         Machine,
         settings=settings(
             max_examples=3, stateful_step_count=8, deadline=None, derandomize=True, database=None,
-            suppress_health_check=list(HealthCheck),
+            suppress_health_check=list(HealthCheck), phases=[Phase.generate],
         ),
     )  # fmt: skip
 
