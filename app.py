@@ -3149,8 +3149,7 @@ def _claim_state_dir() -> Any:
 
 async def watch_job(job: Job) -> AsyncGenerator[bytes, None]:
     """A job as server-sent events: now, at every change, and at its end; a comment every 15 s keeps the line open."""
-    while job.status not in FINAL_STATUSES and app.state.phase != "stopping":
-        changed = job_changed.next()
+    while (changed := job_changed.next()) and job.status not in FINAL_STATUSES and app.state.phase != "stopping":
         yield sse(("progress", msgspec.to_builtins(job)))
         while not changed.is_set():
             try:

@@ -75,8 +75,13 @@ class Server:
             self._command,
             env=self._environment, stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output, cwd=ROOT,
         )  # fmt: skip
-        if ready:
+        if not ready:
+            return
+        try:
             wait_until(self.ready, what=f"readiness ({self.folder / 'output.txt'})")
+        except BaseException:
+            self.kill()  # nobody else will: a context that was not entered is not left
+            raise
 
     def ready(self) -> bool:
         """Whether requests are welcome."""
