@@ -25,12 +25,18 @@ OWN_SETTINGS = ("ENGINE_THREADS", "MAX_CONTEXT_LENGTH", "MAX_PARALLEL", "MODELS_
 
 
 class Child:
-    """A process that ends with the `with` block."""
+    """A process that ends with the `with` block.
+
+    It gets a session of its own, as separate programs have: Linux divides a core between sessions before it divides a
+    session's part between processes (autogroup), so a neighbour and a server in one session would compete otherwise.
+    """
 
     def __init__(self, command: list[str], environment: dict[str, str] | None = None, **rest: Any) -> None:
         kept = {name: value for name, value in os.environ.items() if name not in OWN_SETTINGS}
         self.began = time.monotonic()
-        self.process = subprocess.Popen(command, env=kept | (environment or {}), cwd=ROOT, text=True, **rest)
+        self.process = subprocess.Popen(
+            command, env=kept | (environment or {}), cwd=ROOT, text=True, start_new_session=True, **rest
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -169,8 +175,10 @@ class Peer(Talker):
 class Neighbour(Child):
     """Another program that wants one whole core; asleep until it is woken."""
 
+    LOOP = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    for _ in range(10**6): pass"
+
     def __init__(self) -> None:
-        super().__init__([sys.executable, "-c", "while True: pass"])
+        super().__init__([sys.executable, "-c", self.LOOP])
         os.sched_setaffinity(self.process.pid, {max(os.sched_getaffinity(0))})
         self.sleep()
 
