@@ -1136,7 +1136,9 @@ class LlamaCppStream:
             return self._read(chunk) or self.cancelled.is_set()
         except ServerError as error:
             self.error = error
-            return True
+        except (KeyError, TypeError) as error:
+            self.error = EngineFailed(f"llama.cpp sent a chunk of a form that is not known: {error!r}")
+        return True
 
     def _error_of(self, error: Json) -> ServerError:
         if "n_prompt_tokens" in error:
@@ -1818,9 +1820,12 @@ class EngineHost:
         """Answer one request; a library's exception costs this request, not the process."""
         try:
             assert self._engine is not None  # the server sends no request before Loaded
+            event: Event | None = None
             async with aclosing(self._engine.stream(request)) as events:
                 async for event in events:
                     self._queue(id, event)
+            if not isinstance(event, Done):  # else the server would wait for ever
+                raise EngineFailed("The engine ended the request without an answer.")
         except ServerError as error:
             self._fail(id, error.kind, str(error))
         except Exception as error:  # noqa: BLE001  (boundary 2, for one request)
@@ -2938,8 +2943,12 @@ async def _pull_model(job: Job) -> ModelMeta:
     meta = await asyncio.to_thread(describe_model, source, path, revision)
     meta.preferred_quantized, meta.trust_remote_code = job.preferred_quantized, job.trust_remote_code
     old = model_meta.get(meta.name)
+    same = old is not None and _load_facts(old) == _load_facts(meta)
+    if old is not None and same:  # what its loads showed is still true
+        meta.ladder, meta.load_seconds = old.ladder, old.load_seconds
+        meta.memory_bytes, meta.last_reclaim = old.memory_bytes, old.last_reclaim
     await _remember_model(meta)
-    if old is not None and _load_facts(old) != _load_facts(meta):
+    if not same:
         _outdate_engine(meta.name)
     return meta
 
@@ -3513,6 +3522,7 @@ async def _try_rung(meta: ModelMeta, backend: str, quantization: str) -> EngineP
 
 async def _cache_model(meta: ModelMeta, engine: EngineProcess) -> None:
     """Put a loaded model at the young end of the LRU and write down what its load showed."""
+    engine.outdated = _load_facts(model_meta.get(meta.name, meta)) != _load_facts(meta)  # pulled again meanwhile
     model_cache[meta.name] = engine
     meta.ladder.append(Rung(engine.spec.backend, "loaded"))
     meta.load_seconds = engine.load_seconds
@@ -3530,6 +3540,8 @@ async def _cache_model(meta: ModelMeta, engine: EngineProcess) -> None:
 
 async def _save_figures(meta: ModelMeta) -> None:
     """Keep what a load showed; a full disk is no reason to refuse an answer."""
+    if model_meta.get(meta.name) is not meta:  # pulled again or deleted meanwhile: what is stored is newer
+        return
     try:
         await store.save_model(meta)
     except ServerError as error:

@@ -1,7 +1,8 @@
 """The server with engines that do what the prompt or the model's name says: faults on command, in real processes.
 
 Prompts: `count N` gives N words; `slow N` gives N words, each after a hundredth of a second; `crash N` ends the process
-after N words; `raise` raises inside the engine; `hang` never answers after its first word.
+after N words; `raise` raises inside the engine; `hang` never answers after its first word; `silent N` ends
+after N words without saying that it is done.
 Models: fake/fails refuses to load, fake/slow loads when the file $STATE_DIR/go exists, fake/dies ends while loading,
 fake/memory reports that memory ran out, fake/hangs never becomes ready.
 """
@@ -61,6 +62,8 @@ class FakeEngine:
                 words += 1
                 await asyncio.sleep(0.01 if command == "slow" else 0)
             await self._end(command)
+            if command == "silent":
+                return
             yield app.Done("stop", prompt_tokens, words, 0.001, 0.001)
         finally:
             note(f"end {command} {words}")

@@ -108,6 +108,7 @@ class Server:
         """End the process as `kill -9` does."""
         self.process.kill()
         self.process.wait()
+        self.output.close()
 
     def children(self) -> list[psutil.Process]:
         """The engine and worker processes of the server."""

@@ -283,6 +283,16 @@ def test_an_exception_in_the_engine_costs_one_request_and_leaks_nothing(fake_ser
     assert fake_server.client.get("/models/fake/a").json()["pid"] == pid
 
 
+def test_an_engine_that_ends_without_done_is_an_error_not_a_wait(fake_server: Server) -> None:
+    """Every stream has one end: the words, then an error line; the same process answers the next request."""
+    fake_server.have("fake/a")
+    lines = fake_server.stream("fake/a", "silent 2")
+    assert text_of(lines[:-1]) == "0 1 "
+    assert "without an answer" in lines[-1]["error"]
+    assert fake_server.chat("fake/a", "silent 2").status_code == 500
+    assert fake_server.answer("fake/a", "count 1") == "0 "
+
+
 def test_a_model_pulled_again_with_another_preference_is_loaded_anew(fake_server: Server) -> None:
     """The open stream goes on with the old engine; the next request gets the new quantization."""
     fake_server.have("fake/a")
@@ -295,6 +305,21 @@ def test_a_model_pulled_again_with_another_preference_is_loaded_anew(fake_server
     assert fake_server.chat("fake/a", "count 1").headers["x-quantization"] == "4bit-nf4"
     fake_server.pull("fake/a", quantize="4bit")
     assert loaded(fake_server) == ["fake/a"], "an equal pull leaves the engine where it is"
+    assert fake_server.client.get("/models/fake/a").json()["ladder"][-1]["outcome"] == "loaded"
+
+
+def test_a_model_pulled_again_during_its_load_is_served_as_pulled_last(fake_server: Server) -> None:
+    """The load that was under way is replaced, and what is stored is the newer pull, also after `kill -9`."""
+    fake_server.have("fake/slow")
+    with ThreadPoolExecutor(1) as threads:
+        reply = threads.submit(fake_server.chat, "fake/slow", "count 1")
+        wait_until(lambda: "load fake/slow transformers" in events(fake_server))
+        fake_server.pull("fake/slow", quantize="4bit")
+        (fake_server.folder / "state" / "go").touch()
+        assert reply.result().headers["x-quantization"] == "4bit-nf4"
+    fake_server.kill()
+    fake_server.start()
+    assert fake_server.client.get("/models/fake/slow").json()["preferred_quantized"] is True
 
 
 def test_a_full_queue_is_refused_at_once(hub: HubStub, hub_cache: Path, tmp_path: Path) -> None:
