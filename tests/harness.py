@@ -16,6 +16,7 @@ import httpx
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+VLLM_ENVIRONMENT = ROOT / ".venv-vllm"  # made by scripts/install.sh --vllm
 Json = dict[str, Any]
 
 
@@ -24,6 +25,20 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def vllm_python() -> Path | None:
+    """An interpreter with vLLM: $ENGINE_PYTHON_VLLM, or the one that scripts/install.sh made; None without either."""
+    if chosen := os.environ.get("ENGINE_PYTHON_VLLM"):
+        return Path(chosen)
+    installed = (VLLM_ENVIRONMENT / ".installed-vllm").exists()
+    return VLLM_ENVIRONMENT / "bin" / "python" if installed else None
+
+
+def why_no_vllm() -> str:
+    """Why the tests of vLLM are skipped, in the words of scripts/install.sh."""
+    reason = VLLM_ENVIRONMENT / "why-not.txt"
+    return f"no vLLM here: {reason.read_text().strip()}" if reason.exists() else "no vLLM: scripts/install.sh --vllm"
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 30, what: str = "the condition") -> Any:
@@ -56,6 +71,8 @@ class Server:
             "LOG_FILE": str(self.log_file),
             "PORT": str(self.port),
             "HF_HUB_DISABLE_XET": "1",
+            "ENGINE_PYTHON_VLLM": str(folder / "no-vllm"),  # only a test that asks for vLLM gets it, on GPUs too
+            "STANDBY_ENGINES": "",  # nor a process that only waits: the machine may have two cores
             **settings,
         }
         self.client = httpx.Client(base_url=self.url, timeout=120, trust_env=False)

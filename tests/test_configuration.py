@@ -35,6 +35,12 @@ BAD_VALUES = {
     "MAX_CONTEXT_LENGTH": "8k",
     "KV_CACHE_BYTES": "4GiB",
     "MAX_PARALLEL": "1.5",
+    "MAX_SLEEPING_MODELS": "many",
+    "HOST_MEMORY_RESERVE": "4GiB",
+    "TENSOR_PARALLEL_SIZE": "all",
+    "PIPELINE_PARALLEL_SIZE": "auto",
+    "DISTRIBUTED_EXECUTOR": "slurm",
+    "HANG_SECONDS": "30 seconds",
     "LOAD_TIMEOUT": "-",
     "MAX_QUEUE": "0x10",
     "QUEUE_TIMEOUT": "1h 30m",
@@ -54,6 +60,11 @@ SENSELESS_VALUES = {
     "MAX_CONTEXT_LENGTH": "0",
     "KV_CACHE_BYTES": "0",
     "MAX_PARALLEL": "0",
+    "MAX_SLEEPING_MODELS": "-1",
+    "HOST_MEMORY_RESERVE": "-1",
+    "TENSOR_PARALLEL_SIZE": "0",
+    "PIPELINE_PARALLEL_SIZE": "0",
+    "HANG_SECONDS": "-1",
     "ENGINE_THREADS": "0",
     "LOAD_TIMEOUT": "-1",
     "QUEUE_TIMEOUT": "-1",
@@ -252,7 +263,7 @@ def test_every_typed_setting_is_in_the_table() -> None:
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     read = [call.args for call in calls if isinstance(call.func, ast.Name) and call.func.id == "_read"]
     typed = {ast.unparse(name): ast.unparse(reader) for name, _, reader in read}
-    assert {ast.literal_eval(name) for name, reader in typed.items() if reader not in ("str", "Path")} == set(
+    assert {ast.literal_eval(name) for name, reader in typed.items() if reader not in ("str", "Path", "_words")} == set(
         BAD_VALUES
     )
     assert {ast.literal_eval(name) for name in typed} == set(app.SETTINGS)
@@ -278,6 +289,13 @@ def test_a_senseless_setting_ends_the_start(
     status, said = ends[name, value]
     assert status == 78
     assert name in said
+
+
+def test_a_hang_is_longer_than_the_time_between_two_beats() -> None:
+    """HANG_SECONDS below that calls every engine hung."""
+    status, _, errors = finish(start("import app", {"HANG_SECONDS": "0.5"}))
+    assert status == 78
+    assert "HANG_SECONDS" in errors
 
 
 def test_a_bad_setting_ends_the_command() -> None:
@@ -307,6 +325,13 @@ def test_defaults() -> None:
         "MAX_CONTEXT_LENGTH": 8192,
         "KV_CACHE_BYTES": 0,
         "MAX_PARALLEL": 8,
+        "MAX_SLEEPING_MODELS": 4,
+        "HOST_MEMORY_RESERVE": 4 * 1024**3,
+        "STANDBY_ENGINES": ["auto"],
+        "TENSOR_PARALLEL_SIZE": 0,
+        "PIPELINE_PARALLEL_SIZE": 1,
+        "DISTRIBUTED_EXECUTOR": "",
+        "HANG_SECONDS": 30,
         "LOAD_TIMEOUT": 1800,
         "LOG_LEVEL": "INFO",
         "LOG_FORMAT": "text",
@@ -322,10 +347,11 @@ def test_defaults() -> None:
 
 def test_defaults_for_libraries() -> None:
     """What libraries read for themselves is set before any import, unless the user has said otherwise."""
-    wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn", "DO_NOT_TRACK": "0"}
+    wanted = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "0"}
     read = values_in_fresh_process(["INHERITED_ENVIRONMENT"], {"DO_NOT_TRACK": "0"})["INHERITED_ENVIRONMENT"]
     assert isinstance(read, dict)
     assert wanted.items() <= read.items()
+    assert "VLLM_WORKER_MULTIPROC_METHOD" not in read  # vLLM's own choice, which depends on the device
 
 
 def test_values_from_the_environment() -> None:

@@ -1,6 +1,7 @@
 """The native dialect: what a body means, what is refused and how, and what goes back over the wire."""
 
 import asyncio
+import itertools
 import json
 import math
 from collections.abc import AsyncIterator
@@ -76,15 +77,74 @@ def test_every_option_beside_or_inside() -> None:
     options = {
         "max_tokens": 5, "temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125, "typical_p": 0.75, "seed": 9,
         "stop": ["a", "b"], "repeat_penalty": 1.5, "repeat_last_n": 32, "presence_penalty": -1.5,
-        "frequency_penalty": 2, "num_ctx": 512,
+        "frequency_penalty": 2, "num_ctx": 512, "min_tokens": 3, "ignore_eos": True, "logprobs": True,
+        "top_logprobs": 4, "logit_bias": {"15": -2.5, "0": 100}, "n": 2,
     }  # fmt: skip
     inside, beside = parse(options=options), parse(**options)
     assert inside == beside
-    expected = {**options, "stop": ("a", "b"), "context_length": 512}
-    del expected["num_ctx"]
+    expected: Json = {**options, "stop": ("a", "b"), "context_length": 512}
+    expected |= {"logprobs": 4, "logit_bias": {15: -2.5, 0: 100}}
+    del expected["num_ctx"], expected["top_logprobs"]
     assert inside.sampling.chosen() == expected
-    assert set(expected) == set(app.Sampling.__struct_fields__), "a new option needs a value here"
+    assert set(expected) | SHAPES.keys() == set(app.Sampling.__struct_fields__), "a new option needs a value here"
     assert inside.ignored == ()
+
+
+SCHEMA: Json = {"type": "object", "properties": {"a": {"type": "null"}}}
+SHAPES: dict[str, tuple[Any, Any]] = {  # as it is asked, and as it is meant; one at a time
+    "format": (SCHEMA, SCHEMA),
+    "regex": ("null", "null"),
+    "choice": (["yes", "null"], ("yes", "null")),
+    "grammar": ('root ::= "a"', 'root ::= "a"'),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_beside_or_inside(name: str) -> None:
+    """What an answer should look like means the same in both places, and `shape` tells which was asked for."""
+    asked, meant = SHAPES[name]
+    inside, beside = parse(options={name: asked}), parse(**{name: asked})
+    assert inside == beside
+    assert inside.sampling.chosen() == {name: meant}
+    assert inside.sampling.shape() == name
+    assert parse().sampling.shape() == ""
+
+
+def test_the_formats_of_ollama() -> None:
+    """`json` for any object; an empty text is what clients send that want none."""
+    assert parse(format="json").sampling.format == "json"
+    assert parse(format="") == parse() == parse(options={"format": ""})
+
+
+@pytest.mark.parametrize(("first", "second"), [*itertools.combinations(SHAPES, 2)])
+def test_two_shapes_exclude_each_other(first: str, second: str) -> None:
+    """Never one of them in silence, wherever the two stand."""
+    for body in (
+        {first: SHAPES[first][0], second: SHAPES[second][0]},
+        {first: SHAPES[first][0], "options": {second: SHAPES[second][0]}},
+        {second: SHAPES[second][0], "options": {first: SHAPES[first][0]}},
+    ):
+        text = refusal({"model": "m", "prompt": "Hi", **body})
+        assert f"'{first}'" in text and f"'{second}'" in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "alternatives"),
+    [
+        ({}, None),
+        ({"logprobs": False}, None),
+        ({"logprobs": False, "top_logprobs": 3}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 3}, 3),
+        ({"top_logprobs": 3}, 3),
+        ({"top_logprobs": 0}, 0),
+        ({"logprobs": True, "options": {"top_logprobs": 2}}, 2),
+        ({"logprobs": False, "options": {"logprobs": True}}, None),
+    ],
+)
+def test_logprobs_asked_for(fields: Json, alternatives: int | None) -> None:
+    """How many alternatives a token names: none at all without `logprobs`, and `top_logprobs` alone asks for both."""
+    assert parse(**fields).sampling.logprobs == alternatives
 
 
 @pytest.mark.parametrize(
@@ -150,14 +210,14 @@ def test_unknown_fields_are_listed() -> None:
         {
             "model": "m",
             "messages": [{**USER, "images": []}, {**USER, "name": "x", "images": []}],
-            "format": "json",
+            "template": "x",
             "Think": True,
             "options": {"mirostat": 1, "temperature": 1},
         }
     )
-    assert sorted(parsed.ignored) == ["Think", "format", "messages.images", "messages.name", "options.mirostat"]
+    assert sorted(parsed.ignored) == ["Think", "messages.images", "messages.name", "options.mirostat", "template"]
     assert parsed.sampling.temperature == 1
-    assert parse(format=None).ignored == ()
+    assert parse(template=None).ignored == ()
 
 
 def test_unknown_fields_of_parts_are_listed() -> None:
@@ -205,6 +265,15 @@ WRONG: list[tuple[str, Any]] = [
     ("repeat_last_n", SECRET), ("repeat_last_n", -2),
     ("presence_penalty", SECRET), ("presence_penalty", 2.1), ("frequency_penalty", SECRET), ("frequency_penalty", -2.1),
     ("num_ctx", SECRET), ("num_ctx", 0), ("num_ctx", 1.5),
+    ("min_tokens", SECRET), ("min_tokens", -1), ("min_tokens", TOO_MUCH),
+    ("ignore_eos", SECRET), ("ignore_eos", 1), ("logprobs", 3), ("logprobs", SECRET),
+    ("top_logprobs", True), ("top_logprobs", -1), ("top_logprobs", 21),
+    ("logit_bias", SECRET), ("logit_bias", {"a": 1.0}), ("logit_bias", {"-1": 1.0}), ("logit_bias", {"1": SECRET}),
+    ("logit_bias", {"1": 100.5}), ("logit_bias", {str(token): 0 for token in range(1025)}),
+    ("n", SECRET), ("n", 0), ("n", 17), ("n", 1.5),
+    ("format", SECRET), ("format", True), ("format", [SECRET]),
+    ("regex", ""), ("regex", 5), ("regex", "x" * 65537), ("grammar", ""), ("grammar", {SECRET: 1}),
+    ("choice", SECRET), ("choice", []), ("choice", [""]), ("choice", [5]), ("choice", ["x" * 4097]),
 ]  # fmt: skip
 
 
@@ -216,6 +285,11 @@ def test_wrong_options(name: str, value: Any) -> None:
         assert text.startswith(f"Field '{place}")
         assert SECRET not in text
         assert "\n" not in text and len(text) < 300
+
+
+def test_a_wrong_key_is_not_repeated() -> None:
+    """Keys come from the body as values do."""
+    assert SECRET not in refusal({"model": "m", "prompt": "Hi", "logit_bias": {SECRET: 1.0}})
 
 
 def test_every_option_has_a_wrong_value() -> None:
@@ -385,6 +459,8 @@ def test_wrong_pull_bodies(name: str, value: Any) -> None:
 
 REQUEST = app.ChatRequest("smollm2:135m", (app.Message("user", "Hi"),), created_at="2025-01-02T03:04:05.678901Z")
 DONE = app.Done("stop", 31, 8, 0.25, 0.125, load_seconds=1.5, total_seconds=1.875)
+LIKELY = app.TokenLogprob("is", -0.25, b"is", (app.TokenLogprob("is", -0.25, b"is"),))
+HALF = app.TokenLogprob("\ufffd", -1.5, b"\xe2")
 EVENTS: dict[str, tuple[app.Event, ...]] = {
     "answer": (app.Started(31), app.Text("Par"), app.Text("is ✓\n"), DONE),
     "empty": (app.Started(8192), app.Done("length", 8192, 0, 0.0, 0.0)),
@@ -450,6 +526,70 @@ def test_stream_folds_to_whole(texts: list[str], reason: Any, prompt: int, compl
     durations = [value for name, value in one.items() if name.endswith("_duration")]
     assert len(durations) == 4
     assert all(type(value) is int and value >= 1 for value in durations)
+
+
+def logprob(one: app.TokenLogprob) -> Json:
+    """A token's log-probability as a client sees it; the alternatives have none of their own."""
+    return {"token": one.token, "logprob": one.logprob, "bytes": list(one.data)}
+
+
+def test_logprobs_in_both_forms() -> None:
+    """One entry a token, with the bytes of half a character; the stream's entries together are the whole reply's."""
+    events = (app.Started(3), app.Text("Paris", (LIKELY,)), app.Text("", (HALF,)), DONE)
+    streamed, one = lines(REQUEST, events), whole(REQUEST, events)
+    expected = [
+        logprob(LIKELY) | {"top_logprobs": [logprob(LIKELY.top[0])]},
+        logprob(HALF) | {"top_logprobs": []},
+    ]
+    assert one["logprobs"] == expected
+    assert [entry for line in streamed for entry in line.get("logprobs", [])] == expected
+    assert "logprobs" not in streamed[-1] and "logprobs" not in whole(REQUEST, EVENTS["answer"])
+
+
+SEVERAL = msgspec.structs.replace(REQUEST, sampling=app.Sampling(n=2))
+
+
+def test_choices_in_both_forms() -> None:
+    """Each line names its choice, each choice has its end, the stream has one, with the counts of both."""
+    events: tuple[app.Event, ...] = (
+        app.Started(31), app.Text("b", index=1), app.Text("a"), app.Done("length", 31, 3, 0.1, 0.1, last=False),
+        app.Text("B", (LIKELY,), 1), msgspec.structs.replace(DONE, index=1),
+    )  # fmt: skip
+    streamed, one = lines(SEVERAL, events), whole(SEVERAL, events)
+    told = [(line["index"], line["message"]["content"], line["done"], line.get("done_reason")) for line in streamed]
+    assert told == [
+        (1, "b", False, None), (0, "a", False, None), (0, "", False, "length"), (1, "B", False, None),
+        (1, "", True, "stop"),
+    ]  # fmt: skip
+    assert (streamed[-1]["eval_count"], one["eval_count"]) == (8, 8)
+    assert (one["message"]["content"], one["done_reason"]) == ("a", "length")
+    assert one["choices"] == [
+        {"index": 0, "message": {"role": "assistant", "content": "a"}, "done_reason": "length"},
+        {"index": 1, "message": {"role": "assistant", "content": "bB"}, "done_reason": "stop"},
+    ]
+
+
+def test_one_choice_has_no_number() -> None:
+    """Replies to requests that asked for one answer are as they always were."""
+    one_choice = msgspec.structs.replace(REQUEST, sampling=app.Sampling(n=1))
+    assert lines(one_choice, EVENTS["answer"]) == lines(REQUEST, EVENTS["answer"])
+    assert whole(one_choice, EVENTS["answer"]) == whole(REQUEST, EVENTS["answer"])
+    assert "choices" not in whole(REQUEST, EVENTS["answer"])
+
+
+@FINE
+@given(st.lists(st.tuples(st.integers(0, 2), whole_text)))
+def test_choices_fold_to_their_texts(pieces: list[tuple[int, str]]) -> None:
+    """However the pieces of three answers are mixed, each answer is whole, with and without a text."""
+    request = msgspec.structs.replace(REQUEST, sampling=app.Sampling(n=3))
+    ends = [app.Done("stop", 1, 1, 0.0, 0.0, index=index, last=index == 2) for index in range(3)]
+    events: tuple[app.Event, ...] = (app.Started(1), *(app.Text(text, (), index) for index, text in pieces), *ends)
+    texts = ["".join(text for owner, text in pieces if owner == index) for index in range(3)]
+    streamed, one = lines(request, events), whole(request, events)
+    assert [choice["message"]["content"] for choice in one["choices"]] == texts
+    for index in range(3):
+        assert "".join(line["message"]["content"] for line in streamed if line["index"] == index) == texts[index]
+    assert [line["done"] for line in streamed].count(True) == 1
 
 
 def test_error_shape() -> None:

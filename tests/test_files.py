@@ -111,6 +111,8 @@ def test_damaged_safetensors(content: bytes, folder: Path) -> None:
         (safetensors({"a": {**tensor(0, 4), "shape": [-1]}}, 4), "-1 parameters"),
         (safetensors({"a": {**tensor(0, 4), "shape": [10**30]}}, 4), "10**30 parameters in four bytes"),
         (safetensors(b"[" * 100_000), "RecursionError"),
+        (safetensors({"a": tensor(0, 4, dtype="F31")}, 4), "no such dtype"),
+        (safetensors({"a": tensor(0, 4, dtype="")}, 4), "no dtype"),
         pytest.param(
             twice(tensor(0, 4), tensor(0, 4), 4),
             "the format forbids a name twice",
@@ -540,6 +542,67 @@ def test_describe_embedding_model(snapshot: Snapshot) -> None:
     assert described(snapshot(LLAMA_CONFIG, model__safetensors=GOOD, modules__json=b"[]")).embedding is True
 
 
+ADAPTER_CONFIG = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 8, "lora_alpha": 16}
+
+
+def adapter_files(config: Any) -> dict[str, bytes]:
+    """What a LoRA adapter has in place of a config.json and its weights."""
+    text = config if isinstance(config, str) else json.dumps(config)
+    return {"adapter_config__json": text.encode(), "adapter_model__safetensors": GOOD}
+
+
+def test_describe_adapter(snapshot: Snapshot) -> None:
+    """Its base and rank; the rest is its base's."""
+    meta = described(snapshot(None, **adapter_files(ADAPTER_CONFIG)))
+    assert (meta.adapter_of, meta.adapter_rank, meta.format) == ("org/base", 8, "safetensors")
+    assert (meta.size_bytes, meta.parameter_count) == (len(GOOD), 6)
+    assert storable(meta)
+
+
+def test_a_model_with_an_adapter_beside_it_is_a_model(snapshot: Snapshot) -> None:
+    """Some repositories have both; a config.json decides."""
+    meta = described(snapshot(LLAMA_CONFIG, model__safetensors=GOOD, **adapter_files(ADAPTER_CONFIG)))
+    assert (meta.adapter_of, meta.adapter_rank, meta.architecture) == ("", 0, "LlamaForCausalLM")
+
+
+def test_choose_files_of_an_adapter() -> None:
+    """Its configuration and weights, no pickle."""
+    names = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "training_args.bin", "README.md")
+    assert app.choose_files(files(*names), None, False) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "", "not json", [], {}, {"r": 8}, {"base_model_name_or_path": "org/base"}, {**ADAPTER_CONFIG, "r": "eight"},
+        {**ADAPTER_CONFIG, "r": None}, {**ADAPTER_CONFIG, "base_model_name_or_path": None},
+    ],
+    ids=lambda config: str(config)[-30:],
+)  # fmt: skip
+def test_damaged_adapters(config: Any, snapshot: Snapshot) -> None:
+    """Said at the pull."""
+    with pytest.raises(app.BadModelFiles, match=r"adapter_config\.json"):
+        described(snapshot(None, **adapter_files(config)))
+
+
+@pytest.mark.parametrize("base", ["/home/somebody/model", "", "../base", "a/b/c"])
+def test_an_adapter_of_a_base_without_a_name(base: str, snapshot: Snapshot) -> None:
+    """A folder of whoever trained it is no name of the Hub: refused at the pull, never looked up."""
+    with pytest.raises(app.ServerError):
+        described(snapshot(None, **adapter_files({**ADAPTER_CONFIG, "base_model_name_or_path": base})))
+
+
+@pytest.mark.parametrize(("ranks", "room"), [((), 0), ((1,), 8), ((8,), 8), ((4, 16), 16), ((65,), 128), ((512,), 512)])
+def test_room_for_adapters(ranks: tuple[int, ...], room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest rank among a model's own adapters, as vLLM counts room."""
+    names = {
+        f"lab/{rank}": app.ModelMeta(f"lab/{rank}", "x", "/x", adapter_of="org/a", adapter_rank=rank) for rank in ranks
+    }
+    other = {"lab/other": app.ModelMeta("lab/other", "x", "/x", adapter_of="org/b", adapter_rank=256)}
+    monkeypatch.setattr(app, "model_meta", names | other)
+    assert app.adapter_rank(app.ModelMeta("org/a", "x", "/x")) == room
+
+
 def test_describe_takes_the_entry_along(snapshot: Snapshot) -> None:
     """System prompt and options of the catalogue become the model's."""
     entry = app.CatalogueEntry(pip="x==1", system="Be brief.", options={"temperature": 0.0})
@@ -759,7 +822,7 @@ CUSTOM: Json = {"custom_code": True}
     [
         ("vllm", PLAIN, "none", ""),
         ("vllm", MIXTURE, "none", ""),
-        ("vllm", PLAIN, "4bit-nf4", "loaded by the transformers rung"),
+        ("vllm", PLAIN, "4bit-nf4", ""),
         ("vllm", CUSTOM, "none", "not granted at /pull"),
         ("vllm", CUSTOM | {"trust_remote_code": True}, "none", ""),
         ("transformers", PLAIN, "none", ""),

@@ -41,23 +41,33 @@ REQUEST = app.ChatRequest(
     created_at="2025-01-02T03:04:05Z",
 )
 COMMANDS: list[app.Command] = [
+    app.Order("prepare", "vllm"),
     app.Load(SPEC),
+    app.Load(app.EngineSpec("vllm", "m", "/nowhere", overrides={"max_num_seqs": 4, "x": [1, None]}, executor="ray")),
     app.Generate(2**40, REQUEST),
     app.Generate(1, app.ChatRequest("m", ())),
+    app.Generate(3, app.ChatRequest("m", (), app.Sampling(logit_bias={15: -1.5}, choice=("a", "b"), format={"a": 1}))),
     app.Abort(7),
+    app.Order("sleep", "vllm"),
     app.Fetch("org/repo", "main", "Q4_K_M", True),
     app.Fetch("org/repo"),
     app.Remove("abc"),
 ]
 REPORTS: list[app.Report] = [
     app.Loaded(app.EngineInfo("none", 8192, ("seed",), 10**12, "float32", "cuda:0")),
-    app.Loaded(app.EngineInfo("none", 1)),
+    app.Loaded(app.EngineInfo("none", 1, can_sleep=True)),
+    app.Phase("weights", 1.5),
+    app.Obeyed(),
+    app.Obeyed("RuntimeError: why"),
+    app.Beat(0.0),
+    app.Beat(1e9),
     app.Refused("unsupported", "why", "Traceback"),
     app.Events(
         [
             (1, app.Started(3, app.ServedBy("b", "q", "r", ("x",)))),
             (1, app.Text("é")),
-            (2, app.Done("length", 3, 4, 0.1, 0.2, 0.3, 0.4)),
+            (1, app.Text("", (app.TokenLogprob("\ufffd", -1.5, b"\xe2\0", (app.TokenLogprob("a", 0, b"a"),)),), 15)),
+            (2, app.Done("length", 3, 4, 0.1, 0.2, 0.3, 0.4, 5, 6, last=False)),
         ]
     ),
     app.Events([]),
@@ -128,27 +138,20 @@ def test_frames_larger_than_the_pipe(piece: int, monkeypatch: pytest.MonkeyPatch
     assert frames_in(bytes(received)) == [large, app.Failed(1, "k", "m")]
 
 
-class Stdin(io.BytesIO):
-    """What `sys.stdin` is to `read_commands`."""
-
-    @property
-    def buffer(self) -> "Stdin":
-        """The bytes behind the text."""
-        return self
-
-
 def frame_of(command: app.Command) -> bytes:
     """A command as it goes through the pipe."""
     payload = msgspec.msgpack.encode(command)
     return struct.pack(">I", len(payload)) + payload
 
 
+@pytest.mark.parametrize("piece", [2**30, 3])
 @pytest.mark.parametrize("rest", [b"", b"\0\0", frame_of(app.Load(SPEC))[:20], b"\0\0\0\1\xc1"])
-def test_reading_commands_to_the_end(rest: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command in order; when the pipe closes, even within a frame, the process group ends."""
+def test_reading_commands_to_the_end(rest: bytes, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command in order, however the pipe cuts them; when it closes, even within a frame, the group ends."""
     taken: list[app.Command] = []
     ended: list[bool] = []
-    monkeypatch.setattr(sys, "stdin", Stdin(b"".join(map(frame_of, COMMANDS)) + rest))
+    pipe = {0: io.BytesIO(b"".join(map(frame_of, COMMANDS)) + rest)}
+    monkeypatch.setattr(os, "read", lambda descriptor, size: pipe[descriptor].read(min(size, piece)))
     monkeypatch.setattr(app, "end_process_group", lambda: ended.append(True))
     with suppress(msgspec.DecodeError):  # the real one ends the process before this is raised
         app.read_commands(taken.append)
@@ -159,18 +162,38 @@ def test_reading_commands_to_the_end(rest: bytes, monkeypatch: pytest.MonkeyPatc
 # -- the child's side ---------------------------------------------------------
 
 
-class FakeEngine:
+class FakeEngine(app.Engine):
     """An engine whose answers are written in the request's first message."""
 
     def __init__(self) -> None:
         self.closed: list[str] = []
+        self.orders: list[str] = []
         self.waiting = asyncio.Event()
+        self.lively = asyncio.Event()
+        self.lively.set()
 
-    async def load(self, spec: app.EngineSpec) -> app.EngineInfo:
+    async def prepare(self) -> None:
+        """Note it, with the thread: a process that is forked later has no other at work."""
+        self.orders.append(f"prepare on the loop: {threading.current_thread() is threading.main_thread()}")
+
+    async def load(self, spec: app.EngineSpec, phase: Callable[[str], None]) -> app.EngineInfo:
         """Load, or fail as the model's name says."""
+        phase("imports")
         if spec.model == "broken":
             raise ValueError("no such luck")
         return app.EngineInfo("none", 100)
+
+    async def pulse(self) -> None:
+        """Wait while there is none."""
+        await self.lively.wait()
+
+    async def sleep(self) -> None:
+        """Note it."""
+        self.orders.append("sleep")
+
+    async def wake(self) -> None:
+        """Fail."""
+        raise RuntimeError("will not\nand more lines")
 
     async def stream(self, request: app.ChatRequest) -> AsyncGenerator[app.Event, None]:
         """One word a step; then `raise`, `refuse`, `hang`, or the end."""
@@ -191,6 +214,23 @@ class FakeEngine:
             self.closed.append(request.messages[0].content)
 
 
+def is_heart(task: "asyncio.Task[None]") -> bool:
+    """Whether this task of a host beats for ever."""
+    return getattr(task.get_coro(), "__name__", "") == "_beat"
+
+
+async def stop(tasks: "set[asyncio.Task[None]]") -> None:
+    """Cancel tasks and wait for their end."""
+    for task in (ending := list(tasks)):
+        task.cancel()
+    await asyncio.gather(*ending, return_exceptions=True)
+
+
+def without_beats(reports: list[app.Report]) -> list[app.Report]:
+    """What was reported beside the signs of life."""
+    return [report for report in reports if not isinstance(report, app.Beat)]
+
+
 async def host_reports(*commands: app.Command) -> tuple[list[app.Report], FakeEngine]:
     """What an EngineHost with the fake engine writes for these commands; an Abort waits until its stream hangs."""
     reader, writer = os.pipe()
@@ -200,9 +240,10 @@ async def host_reports(*commands: app.Command) -> tuple[list[app.Report], FakeEn
         if isinstance(command, app.Abort):
             await engine.waiting.wait()
         host.take(command)
-    while host._background:
-        await asyncio.wait(set(host._background))
+    while busy := {task for task in host._background if not is_heart(task)}:
+        await asyncio.wait(busy)
         await asyncio.sleep(0)  # one turn of the loop, in which the outbox is sent
+    await stop(host._background)
     os.close(writer)
     received = bytearray()
     drain(reader, received)
@@ -228,12 +269,62 @@ def of_id(reports: list[app.Report], id: int) -> list[Any]:
 def test_host_answers() -> None:
     """A load and a request: the engine's events under the request's id, those of one turn in one frame."""
     reports, engine = run(host_reports(app.Load(SPEC), generate(5, "a b")))
-    assert reports[0] == app.Loaded(app.EngineInfo("none", 100))
+    phase, loaded = without_beats(reports)[:2]
+    assert isinstance(phase, app.Phase) and phase.name == "imports" and 0 <= phase.seconds < 30
+    assert loaded == app.Loaded(app.EngineInfo("none", 100))
     assert of_id(reports, 5) == [
         app.Started(2), app.Text("a"), app.Text("b"), app.Done("stop", 2, 2, 0.0, 0.0),
     ]  # fmt: skip
-    assert len(reports) == 2
+    assert len(without_beats(reports)) == 3
     assert engine.closed == ["a b"]
+
+
+def test_host_obeys() -> None:
+    """Each order is answered, with one line of why it failed where it did; imports run on the loop's own thread."""
+    orders = (app.Order("prepare", "vllm"), app.Order("sleep", "vllm"), app.Order("wake", "vllm"))
+    reports, engine = run(host_reports(*orders))
+    assert sorted(reports, key=repr) == [app.Obeyed(), app.Obeyed(), app.Obeyed("will not")]
+    assert sorted(engine.orders) == ["prepare on the loop: True", "sleep"]
+
+
+def test_host_without_an_engine_ignores_what_needs_one() -> None:
+    """A child that has loaded nothing has nothing to abort."""
+
+    async def scenario() -> set[Any]:
+        host = app.EngineHost(-1)
+        host.take(app.Abort(1))
+        return set(host._background)
+
+    assert run(scenario()) == set()
+
+
+def test_host_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs of life come by themselves; without a pulse they say for how long, and a pulse ends that."""
+    monkeypatch.setattr(app, "BEAT_SECONDS", 0.01)
+
+    async def scenario() -> list[float]:
+        beats: asyncio.Queue[float] = asyncio.Queue()
+        engine = FakeEngine()
+        host = app.EngineHost(-1, engine)
+
+        def hear(report: app.Report) -> None:
+            if isinstance(report, app.Beat):
+                beats.put_nowait(report.silent_seconds)
+
+        monkeypatch.setattr(host, "_send", hear)
+        host.take(app.Load(SPEC))
+        lively = await beats.get()
+        engine.lively.clear()
+        silent = [seconds for _ in range(5) if (seconds := await beats.get()) > 0]
+        engine.lively.set()
+        while await beats.get() > 0:
+            pass
+        await stop(host._background)
+        return [lively, *silent]
+
+    lively, *silent = run(scenario())
+    assert lively == 0
+    assert len(silent) >= 3 and silent == sorted(silent)
 
 
 def test_host_keeps_streams_apart() -> None:
@@ -258,7 +349,7 @@ def test_host_aborts() -> None:
 def test_host_reports_a_failed_load() -> None:
     """With the cause, its kind and the traceback."""
     reports, _ = run(host_reports(app.Load(msgspec.structs.replace(SPEC, model="broken"))))
-    (refused,) = reports
+    _, refused = reports
     assert isinstance(refused, app.Refused)
     assert (refused.kind, refused.message) == ("start_failed", "ValueError: no such luck")
     assert "Traceback" in refused.traceback
@@ -470,8 +561,8 @@ def test_stderr_is_kept() -> None:
         await child.stop()
         return list(child.log_tail)
 
-    lines = run(tail("import sys; [print(n, file=sys.stderr) for n in range(100)]"))
-    assert lines == [str(number) for number in range(60, 100)]
+    lines = run(tail("import sys; [print(n, file=sys.stderr) for n in range(400)]"))
+    assert lines == [str(number) for number in range(100, 400)]
     code = "import sys; sys.stderr.write('first\\n' + 'x' * 1_000_000 + '\\n'); sys.stderr.flush(); sys.stdout.close()"
     assert run(tail(code))[0] == "first"
 
@@ -489,6 +580,10 @@ class FakeChild:
     def send(self, command: app.Command) -> None:
         """Keep what was sent."""
         self.sent.append(command)
+
+    def generated(self) -> list[app.Generate]:
+        """The requests among it."""
+        return [command for command in self.sent if isinstance(command, app.Generate)]
 
 
 def engine_with(child: FakeChild, monkeypatch: pytest.MonkeyPatch) -> app.EngineProcess:
@@ -516,7 +611,7 @@ def test_streams_of_one_engine_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -
         assert [event async for event in second] == [done]
         await first.aclose()
         assert child.sent[2:] == [app.Abort(a)]
-        assert engine._streams == {}
+        assert engine._mailboxes == {}
 
     run(scenario())
 
@@ -536,7 +631,153 @@ def test_errors_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
         engine._deliver(app.Failed(sent.id, "context_length_exceeded", "too long"))
         with pytest.raises(app.ContextLengthExceeded, match="too long"):
             await waiting
-        assert len(child.sent) == 1, "no abort for what has ended"
+        assert engine._mailboxes == {}
+
+    run(scenario())
+
+
+def test_a_failed_request_needs_no_abort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has ended in the child is not ended again."""
+
+    async def scenario() -> None:
+        child = FakeChild()
+        engine = engine_with(child, monkeypatch)
+        waiting = asyncio.ensure_future(anext(engine.stream(REQUEST)))
+        await asyncio.sleep(0)
+        engine._deliver(app.Failed(child.generated()[0].id, "engine_failed", "why"))
+        with pytest.raises(app.EngineFailed):
+            await waiting
+        assert len(child.sent) == 1
+
+    run(scenario())
+
+
+THREE = msgspec.structs.replace(REQUEST, sampling=app.Sampling(n=3, seed=7))
+
+
+def test_choices_of_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a request of its own to the child, with a seed of its own; one beginning, one end with all tokens."""
+
+    async def scenario() -> None:
+        child = FakeChild()
+        engine = engine_with(child, monkeypatch)
+        stream = engine.stream(THREE)
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        asked = child.generated()
+        assert [command.request.sampling.seed for command in asked] == [7, 8, 9]
+        a, b, c = (command.id for command in asked)
+        begun: list[tuple[int, app.Event]] = [(id, app.Started(3)) for id in (b, a, c)]
+        words: list[tuple[int, app.Event]] = [(c, app.Text("z")), (a, app.Text("x"))]
+        ends: list[tuple[int, app.Event]] = [
+            (c, app.Done("length", 3, 4, 0.1, 0.5)), (a, app.Done("stop", 3, 2, 0.1, 0.2)),
+            (b, app.Done("stop", 3, 1, 0.1, 0.1)),
+        ]  # fmt: skip
+        engine._deliver(app.Events([*begun, *words, *ends]))
+        events = [await waiting, *[event async for event in stream]]
+        assert events == [
+            app.Started(3), app.Text("z", (), 2), app.Text("x", (), 0),
+            app.Done("length", 3, 4, 0.1, 0.5, index=2, last=False),
+            app.Done("stop", 3, 2, 0.1, 0.2, index=0, last=False),
+            app.Done("stop", 3, 1, 0.1, 0.1, index=1, last=False),
+            app.Done("stop", 3, 7, 0.1, 0.5, index=1, last=True),
+        ]  # fmt: skip
+        assert len(child.sent) == 3 and engine._mailboxes == {}
+
+    run(scenario())
+
+
+def test_a_choice_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody hears the rest of the answer, so nobody computes it."""
+
+    async def scenario() -> None:
+        child = FakeChild()
+        engine = engine_with(child, monkeypatch)
+        waiting = asyncio.ensure_future(anext(engine.stream(THREE)))
+        await asyncio.sleep(0)
+        a, b, c = (command.id for command in child.generated())
+        engine._deliver(app.Failed(b, "bad_request", "why"))
+        with pytest.raises(app.BadRequest, match="why"):
+            await waiting
+        assert {app.Abort(a), app.Abort(c)} <= set(child.sent[3:])
+        assert engine._mailboxes == {}
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("seed", [None, -1, -5])
+def test_a_random_seed_stays_random(seed: int | None) -> None:
+    """Only a seed that was given counts up."""
+    request = msgspec.structs.replace(REQUEST, sampling=app.Sampling(n=3, seed=seed))
+    assert [app._one_choice(request, index).sampling.seed for index in range(3)] == [seed] * 3
+
+
+# -- mailboxes ----------------------------------------------------------------
+
+one_logprob = st.builds(app.TokenLogprob, st.text(max_size=2), st.floats(-99, 0), st.binary(max_size=2))
+text_event = st.builds(
+    app.Text, st.text(max_size=6000), st.lists(one_logprob, max_size=2).map(tuple), st.integers(0, 2)
+)
+
+
+@FINE
+@given(st.lists(st.none() | text_event))
+def test_a_mailbox_loses_and_mixes_nothing(script: list[app.Text | None]) -> None:
+    """Texts put in any pieces and read at any times (None) are the same text, choice by choice, with all logprobs."""
+
+    async def scenario() -> list[app.Text]:
+        box, read, there = app.Mailbox(), list[app.Text](), 0
+        for step in [*script, None]:
+            if step is not None:
+                box.put(step)
+                there += 1
+            while step is None and box._items:
+                event = await box.take()
+                assert isinstance(event, app.Text)
+                read.append(event)
+        assert len(read) <= there
+        return read
+
+    put, read = [step for step in script if step is not None], run(scenario())
+    for index in range(3):
+        mine, theirs = ([one for one in events if one.index == index] for events in (put, read))
+        assert "".join(one.text for one in mine) == "".join(one.text for one in theirs)
+        assert [each for one in mine for each in one.logprobs] == [each for one in theirs for each in one.logprobs]
+
+
+def test_a_mailbox_keeps_the_order_of_everything() -> None:
+    """Only neighbours of the same choice grow together; ends and errors stay where they are."""
+    end, error = app.Done("stop", 1, 1, 0.0, 0.0), app.EngineFailed("x")
+    long = app.Text("x" * app.Mailbox.LONGEST_MERGE)
+
+    async def scenario() -> list[app.Event | app.ServerError]:
+        box = app.Mailbox()
+        for item in (app.Started(1), app.Text("a"), app.Text("b"), app.Text("c", (), 1), app.Text("d"), end, long,
+                     app.Text("e"), error):  # fmt: skip
+            box.put(item)
+        return [await box.take() for _ in range(8)]
+
+    assert run(scenario()) == [
+        app.Started(1), app.Text("ab"), app.Text("c", (), 1), app.Text("d"), end, long, app.Text("e"), error,
+    ]  # fmt: skip
+
+
+def test_a_reader_that_waits_is_woken() -> None:
+    """The first event reaches it at once, and the next one is not lost."""
+
+    async def scenario() -> None:
+        box = app.Mailbox()
+        waiting = asyncio.ensure_future(box.take())
+        await asyncio.sleep(0)
+        box.put(app.Text("a"))
+        box.put(app.Text("b"))
+        assert await waiting == app.Text("ab")
+        waiting = asyncio.ensure_future(box.take())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        box.put(app.Text("c"))  # nobody reads: no error
+        assert await box.take() == app.Text("c")
 
     run(scenario())
 

@@ -34,7 +34,7 @@ import app
 FIELDS = {
     "id", "model", "revision", "quantize", "init", "trust_remote_code", "status", "created_at", "started_at",
     "finished_at", "error", "error_kind", "traceback", "local_path", "size_bytes", "bytes_done", "file", "speed",
-    "eta_seconds", "preferred_quantized",
+    "eta_seconds", "load_phases", "preferred_quantized",
 }  # fmt: skip
 STATUSES = {"queued", "running", "succeeded", "failed", "cancelled"}
 FINAL = {"succeeded", "failed", "cancelled"}

