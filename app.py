@@ -233,6 +233,7 @@ ENGINE_CACHES = {  # what engines compile is kept, so that the second load of a 
 }
 CHILD_PROGRAM = __file__  # what child processes run; tests put a program with engines that fail on command here
 MEBIBYTE = 1024 * 1024
+ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM sets up room for
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # what the system says when a disk or a quota is full
 
 # What a request gets when neither it, nor the catalogue, nor the model's generation_config.json says otherwise:
@@ -1007,7 +1008,7 @@ Report = Loaded | Refused | Phase | Obeyed | Beat | Events | Failed | Progress |
 
 
 class Engine:
-    """What the host needs from an engine. Closing the event iterator aborts the request."""
+    """What the host needs from an engine; one whose `EngineInfo.can_sleep` is true also has `sleep()` and `wake()`."""
 
     LOG_PHASES: ClassVar[Mapping[str, str]] = {}  # what only the library's own log tells: name of a phase to regex
 
@@ -1019,17 +1020,11 @@ class Engine:
         raise NotImplementedError
 
     def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
-        """Answer one request: Started, any number of Text, one Done."""
+        """Answer one request: Started, any number of Text, one Done. Closing this iterator aborts the request."""
         raise NotImplementedError
 
     async def pulse(self) -> None:
         """Return as soon as the engine shows that it is at work: what does not return in time is a hang."""
-
-    async def sleep(self) -> None:
-        """Give the device's memory back. Only called where `EngineInfo.can_sleep`."""
-
-    async def wake(self) -> None:
-        """Undo `sleep`."""
 
 
 def completion_room(prompt_tokens: int, context_length: int, sampling: Sampling) -> int:
@@ -1680,7 +1675,10 @@ class VLLMEngine(Engine):
             "trust_remote_code": spec.trust_remote_code,
         }
         if spec.adapter_rank:
-            arguments |= {"enable_lora": True, "max_lora_rank": spec.adapter_rank}
+            # One at a time on CPUs, where what runs beside an adapter gets its changes too (vllm-project/vllm#48421).
+            arguments |= {"enable_lora": True, "max_lora_rank": spec.adapter_rank} | (
+                {"max_num_seqs": 1} if on_cpu else {}
+            )
         try:
             return AsyncEngineArgs(**{**arguments, **spec.overrides})
         except TypeError as error:
@@ -1715,8 +1713,9 @@ class VLLMEngine(Engine):
             yield Done("length", prompt_tokens, 0, 0.0, 0.0)
             return
         shape, began, tokens = request.sampling.shape(), time.perf_counter(), 0
+        adapter = await self._adapter(request)
         refusal = f"Field '{shape}': vLLM refuses the request" if shape else "vLLM refuses the request"
-        async with _vllm_errors(refusal), aclosing(self._outputs(prompt, request, room)) as outputs:
+        async with _vllm_errors(refusal), aclosing(self._outputs(prompt, request, room, adapter)) as outputs:
             async for output in outputs:
                 completion = output.outputs[0]
                 if tokens == 0:  # until now vLLM may have refused the request
@@ -1733,9 +1732,9 @@ class VLLMEngine(Engine):
                     cached = output.num_cached_tokens or 0
                     yield Done(reason, prompt_tokens, tokens, prefill, decode, cached_tokens=cached)
 
-    def _outputs(self, prompt: Any, request: ChatRequest, room: int) -> Any:
+    def _outputs(self, prompt: Any, request: ChatRequest, room: int, adapter: Any) -> Any:
         sampling = self._sampling(request.sampling, room)
-        return self._engine.generate(prompt, sampling, secrets.token_hex(8), lora_request=self._adapter(request))
+        return self._engine.generate(prompt, sampling, secrets.token_hex(8), lora_request=adapter)
 
     def _logprobs(self, completion: Any, alternatives: int) -> tuple[TokenLogprob, ...]:
         """One entry a token; vLLM lists the chosen token with its likeliest alternatives, whatever its own rank."""
@@ -1761,13 +1760,20 @@ class VLLMEngine(Engine):
             _, prompts = await self._engine.renderer.render_chat_async([messages], chat, unlimited)
         return prompts[0]
 
-    def _adapter(self, request: ChatRequest) -> Any:
-        """vLLM's handle of the LoRA adapter that the request names, or None."""
+    async def _adapter(self, request: ChatRequest) -> Any:
+        """vLLM's handle of the LoRA adapter that the request names, or None; it is loaded before anything computes."""
         from vllm.lora.request import LoRARequest
 
         path = request.adapter
         if path and path not in self._adapters:
-            self._adapters[path] = LoRARequest(request.model, len(self._adapters) + 1, path)
+            adapter = LoRARequest(request.model, len(self._adapters) + 1, path)
+            try:
+                await self._engine.add_lora(adapter)
+            except Exception as error:  # noqa: BLE001  (boundary 2: vLLM raises a bare Exception; its text has paths)
+                raise BadRequest(
+                    f"vLLM cannot apply the adapter {request.model}: its files do not fit the base."
+                ) from error
+            self._adapters[path] = adapter
         return self._adapters[path] if path else None
 
     def _sampling(self, sampling: Sampling, room: int) -> Any:
@@ -3060,6 +3066,10 @@ def _describe_safetensors(meta: ModelMeta, path: Path) -> None:
     if (adapter := path / "adapter_config.json").exists() and not (path / "config.json").exists():
         lora = _read_side_file(adapter, AdapterConfig)
         meta.adapter_of, meta.adapter_rank = resolve_name(lora.base_model_name_or_path).name, lora.r
+        if not 0 < lora.r <= ADAPTER_RANKS[-1]:
+            raise BadModelFiles(
+                f"adapter_config.json: rank {lora.r} is not from 1 to {ADAPTER_RANKS[-1]}, as vLLM needs it."
+            )
         return
     config = _read_side_file(path / "config.json", ModelConfig)
     text = config.text_config or _read_side_file(path / "config.json", Json)
@@ -3215,8 +3225,8 @@ async def _background_pull(job: Job) -> None:
         total = job.size_bytes or meta.size_bytes
         await _update_job(job, local_path=meta.local_path, size_bytes=total, bytes_done=total, file=None)
         if job.init:
-            await load_model(meta.name)
-            end["load_phases"] = find_model(meta.name).load_phases
+            await load_model(base_of(meta).name)
+            end["load_phases"] = base_of(meta).load_phases
         log.info("Job %s succeeded: pull %s (%s bytes)", job.id, job.model, total)
     except Exception as error:  # noqa: BLE001  (boundary 2: a background task has no caller; its job is where errors go)
         text = str(error) if isinstance(error, ServerError) else f"{type(error).__name__}: {error}"
@@ -3664,9 +3674,6 @@ def tensor_parallel_size(weights: int, devices: list[Json]) -> int:
     return TENSOR_PARALLEL_SIZE or size
 
 
-ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM sets up room for
-
-
 def adapter_rank(meta: ModelMeta) -> int:
     """The room that an engine of this model needs for the LoRA adapters on disk; 0 without any."""
     most = max((other.adapter_rank for other in model_meta.values() if other.adapter_of == meta.name), default=0)
@@ -3699,10 +3706,7 @@ def _engine_spec(meta: ModelMeta, backend: str, quantization: str) -> EngineSpec
 
 
 def predicted_bytes(meta: ModelMeta, backend: str, quantization: str) -> int:
-    """What a load will take of the device, or without one of host memory: weights, KV cache and overhead.
-
-    What the last load of this model on this engine showed wins.
-    """
+    """What a load will take of the device, or of host memory: as the last one, else weights, KV cache and overhead."""
     if meta.memory_bytes and meta.last_backend == backend:
         return meta.memory_bytes
     weights, devices = weight_bytes(meta, quantization), gpu_devices()
@@ -3913,10 +3917,7 @@ async def _wait_for_place(why: str) -> None:
 
 
 async def _evict_lru_if_needed(need: int, keep: EngineProcess | None = None) -> None:
-    """Make room for one more model of `need` bytes, or for `keep`: idle ones go, least recently used first.
-
-    Raises NoCapacity when every place, or the memory, stays in use.
-    """
+    """Make room for a model of `need` bytes, or for `keep`: idle ones go, least recently used first; or NoCapacity."""
     while True:
         awake = [engine for engine in model_cache.values() if not engine.asleep]
         crowded, missing = len(awake) >= MAX_CACHE_MODELS, need - await asyncio.to_thread(free_bytes)
@@ -4000,10 +4001,7 @@ async def _unload_if_idle(engine: EngineProcess) -> None:
 
 
 async def unload_model(raw: str, retire: Callable[[EngineProcess], Awaitable[None]] = _drop_engine) -> bool:
-    """Take a model out of memory, or with `retire_engine` off the device; false when it was not there.
-
-    Raises InUse, NotFound.
-    """
+    """Take a model out of memory, or by `retire_engine` off the device; false if it is not there. Raises InUse."""
     meta = find_model(raw)
     async with device_lock:
         engine = model_cache.get(meta.name)

@@ -575,7 +575,8 @@ def test_choose_files_of_an_adapter() -> None:
     "config",
     [
         "", "not json", [], {}, {"r": 8}, {"base_model_name_or_path": "org/base"}, {**ADAPTER_CONFIG, "r": "eight"},
-        {**ADAPTER_CONFIG, "r": None}, {**ADAPTER_CONFIG, "base_model_name_or_path": None},
+        {**ADAPTER_CONFIG, "r": None}, {**ADAPTER_CONFIG, "r": 0},
+        {**ADAPTER_CONFIG, "r": 1024}, {**ADAPTER_CONFIG, "base_model_name_or_path": None},
     ],
     ids=lambda config: str(config)[-30:],
 )  # fmt: skip
