@@ -2190,9 +2190,10 @@ def gpu_devices() -> list[Json]:
         return []
 
 
-def foreign_gpu_users(mine: set[int]) -> str:
+def foreign_gpu_users() -> str:
     """Which programs but ours hold device memory, and how much, as a sentence; empty when NVML names none."""
     named: list[str] = []
+    mine = {child.pid for child in psutil.Process().children(recursive=True)}
     with suppress(pynvml.NVMLError):
         for index in range(len(gpu_devices())):
             for user in pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(index)):
@@ -3836,7 +3837,7 @@ async def _try_rung(meta: ModelMeta, backend: str, quantization: str) -> EngineP
     except OutOfMemory as error:
         idle = [engine for engine in model_cache.values() if engine.pins == 0]
         if not idle:
-            raise OutOfMemory(f"{error}{foreign_gpu_users({engine.pid for engine in model_cache.values()})}") from error
+            raise OutOfMemory(f"{error}{foreign_gpu_users()}") from error
         log.warning("%s does not fit: all idle models go, and it is tried once more: %s", meta.name, error)
         for engine in idle:
             await _drop_engine(engine)

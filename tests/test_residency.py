@@ -1,6 +1,9 @@
 """What stays in memory: sleep, waking, standbys, memory that runs out, and the arithmetic behind it."""
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import psutil
+import pynvml
 import pytest
 from harness import Json, Server, wait_until
 from hubstub import HubStub
@@ -590,3 +594,18 @@ def test_a_job_shows_the_phases_of_its_load(start: Start) -> None:
     job = server.pull("fake/b", init=True)
     assert job["load_phases"].keys() >= {"imports"}
     assert job["load_phases"] == shown(server, "fake/b")["load_phases"]
+
+
+def test_other_programs_on_the_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what they hold; processes that this one started are its own, and without a driver nobody is named."""
+    ours = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    users = [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in ((ours.pid, 1), (os.getppid(), 3 * 2**30))]
+    monkeypatch.setattr(app, "gpu_devices", lambda: [{}])
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda _: users)
+    said = app.foreign_gpu_users()
+    ours.communicate()
+    assert f"(pid {os.getppid()}) 3072 MiB on device 0" in said
+    assert f"(pid {ours.pid})" not in said
+    monkeypatch.setattr(app, "gpu_devices", list)
+    assert app.foreign_gpu_users() == ""
