@@ -2845,9 +2845,10 @@ def resolve_name(raw: str, revision: str | None = None) -> ModelSource:
     """Turn what a user typed into a source: a name of the catalogue, else a Hub id. Raises BadRequest, NotFound."""
     if (found := catalogue.find(raw)) is not None:
         name, entry = found
-        if revision is not None and entry.repo is None:
+        repo = entry.repo or (None if entry.package or entry.parts else name)  # a Hub id may have an entry of its own
+        if revision is not None and repo is None:
             raise BadRequest(f"Field 'revision': {name} comes as a Python package and has no revisions.")
-        return ModelSource(name, entry.repo, revision or entry.revision, entry=entry)
+        return ModelSource(name, repo, revision or entry.revision, entry=entry)
     match = HUB_NAME.fullmatch(raw)
     if match is None or ".." in raw or "--" in raw or match["repo"].endswith(".git"):
         raise InvalidModelName(

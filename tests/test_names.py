@@ -398,3 +398,12 @@ def test_find_missing_model(raw: str) -> None:
         app.find_model(raw)
     assert f"Model {raw} " in str(raised.value)
     assert raised.value.status == 404
+
+
+def test_a_hub_id_may_have_an_entry_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`[models."Org/Repo".vllm]` needs no `repo`: the name says it, and a revision may be asked for."""
+    entry = app.CatalogueEntry(vllm={"max_model_len": 512})
+    monkeypatch.setattr(app.catalogue, "find", lambda name: ("Org/Repo", entry))
+    source = app.resolve_name("org/repo", "v1")
+    assert (source.name, source.repo, source.revision) == ("Org/Repo", "Org/Repo", "v1")
+    assert source.entry.vllm == {"max_model_len": 512}
