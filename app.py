@@ -381,14 +381,17 @@ class Reply(msgspec.Struct):
 async def fold(events: AsyncIterator[Event]) -> Reply:
     """Fold events into the whole reply; the one way a non-streaming answer is made."""
     choices: defaultdict[int, Choice] = defaultdict(Choice)
+    texts: defaultdict[int, list[str]] = defaultdict(list)  # joined once: adding to a text copies it every time
     done = None
     async for event in events:
         if isinstance(event, Text):
-            choices[event.index].text += event.text
+            texts[event.index].append(event.text)
             choices[event.index].logprobs.extend(event.logprobs)
         elif isinstance(event, Done):
             choices[event.index].reason = event.reason
             done = event
+    for index, choice in choices.items():
+        choice.text = "".join(texts[index])
     return Reply([choice for _, choice in sorted(choices.items())], done)
 
 
@@ -653,9 +656,7 @@ class Store:
 model_cache: "OrderedDict[str, EngineProcess]" = OrderedDict()  # the LRU; written by _cache_model and _drop_engine
 standbys: "dict[str, Standby]" = {}  # by engine; written by keep_standbys, _child_for and unload_all
 model_meta: dict[str, ModelMeta] = {}  # written by _remember_model, delete_model and restore_state
-failed_loads: dict[
-    str, tuple[float, str]
-] = {}  # when (monotonic seconds) and why; written by _record_failed_load and _clear_failures
+failed_loads: dict[str, tuple[float, str]] = {}  # monotonic seconds, why; by _record_failed_load and _clear_failures
 engine_deaths: dict[str, deque[float]] = {}  # monotonic seconds; written by _record_death and _clear_failures
 loads_in_progress: dict[str, "asyncio.Task[EngineProcess]"] = {}  # written by load_model
 jobs: dict[str, Job] = {}  # written by create_job, _update_job and restore_state
@@ -1145,6 +1146,7 @@ class LlamaCppEngine(Engine):
             self._server = await asyncio.to_thread(xllamacpp.Server, self._parameters(xllamacpp, spec))
         except RuntimeError as error:
             raise RungRefused(f"llama.cpp could not load the file: {error}") from error
+        phase("weights")
         return EngineInfo(spec.quantization, spec.context_length, self.OPTIONS)
 
     def _parameters(self, xllamacpp: Any, spec: EngineSpec) -> Any:
@@ -1355,7 +1357,11 @@ class TransformersEngine(Engine):
 
     async def load(self, spec: EngineSpec, phase: Callable[[str], None]) -> EngineInfo:
         """Load tokenizer and model; memory is cleaned before, and again when the load fails."""
-        return await asyncio.to_thread(self._load, spec)
+        await self.prepare()
+        phase("imports")
+        info = await asyncio.to_thread(self._load, spec)
+        phase("weights")
+        return info
 
     async def pulse(self) -> None:
         """A turn at the gate comes when the steps of the others go on."""
@@ -1664,7 +1670,8 @@ class VLLMEngine(Engine):
             "dtype": "auto" if not on_cpu or _cpu_has_bfloat16() else "float32",
             "quantization": "bitsandbytes" if spec.quantization == "4bit-nf4" else None,
             "max_model_len": -1,  # as long as the model allows and the KV cache holds
-            "max_num_seqs": 64 if on_cpu else 512,
+            # One at a time on CPUs, where what runs beside an adapter gets its changes too (vllm-project/vllm#48421).
+            "max_num_seqs": (1 if spec.adapter_rank else 64) if on_cpu else 512,
             "kv_cache_memory_bytes": spec.kv_cache_bytes,
             "gpu_memory_utilization": spec.memory_share,
             "tensor_parallel_size": spec.tensor_parallel,
@@ -1675,10 +1682,7 @@ class VLLMEngine(Engine):
             "trust_remote_code": spec.trust_remote_code,
         }
         if spec.adapter_rank:
-            # One at a time on CPUs, where what runs beside an adapter gets its changes too (vllm-project/vllm#48421).
-            arguments |= {"enable_lora": True, "max_lora_rank": spec.adapter_rank} | (
-                {"max_num_seqs": 1} if on_cpu else {}
-            )
+            arguments |= {"enable_lora": True, "max_lora_rank": spec.adapter_rank}
         try:
             return AsyncEngineArgs(**{**arguments, **spec.overrides})
         except TypeError as error:
@@ -1713,9 +1717,8 @@ class VLLMEngine(Engine):
             yield Done("length", prompt_tokens, 0, 0.0, 0.0)
             return
         shape, began, tokens = request.sampling.shape(), time.perf_counter(), 0
-        adapter = await self._adapter(request)
         refusal = f"Field '{shape}': vLLM refuses the request" if shape else "vLLM refuses the request"
-        async with _vllm_errors(refusal), aclosing(self._outputs(prompt, request, room, adapter)) as outputs:
+        async with _vllm_errors(refusal), aclosing(await self._outputs(prompt, request, room)) as outputs:
             async for output in outputs:
                 completion = output.outputs[0]
                 if tokens == 0:  # until now vLLM may have refused the request
@@ -1732,8 +1735,8 @@ class VLLMEngine(Engine):
                     cached = output.num_cached_tokens or 0
                     yield Done(reason, prompt_tokens, tokens, prefill, decode, cached_tokens=cached)
 
-    def _outputs(self, prompt: Any, request: ChatRequest, room: int, adapter: Any) -> Any:
-        sampling = self._sampling(request.sampling, room)
+    async def _outputs(self, prompt: Any, request: ChatRequest, room: int) -> Any:
+        sampling, adapter = self._sampling(request.sampling, room), await self._adapter(request)
         return self._engine.generate(prompt, sampling, secrets.token_hex(8), lora_request=adapter)
 
     def _logprobs(self, completion: Any, alternatives: int) -> tuple[TokenLogprob, ...]:
@@ -1769,10 +1772,11 @@ class VLLMEngine(Engine):
             adapter = LoRARequest(request.model, len(self._adapters) + 1, path)
             try:
                 await self._engine.add_lora(adapter)
-            except Exception as error:  # noqa: BLE001  (boundary 2: vLLM raises a bare Exception; its text has paths)
-                raise BadRequest(
-                    f"vLLM cannot apply the adapter {request.model}: its files do not fit the base."
-                ) from error
+            except Exception as error:  # noqa: BLE001  (boundary 2: a bare Exception is how vLLM's core refuses one)
+                if type(error) is not Exception:
+                    raise
+                text = f"vLLM cannot apply the adapter {request.model}: its files do not fit the base."
+                raise BadRequest(text) from error  # vLLM's own words have paths in them
             self._adapters[path] = adapter
         return self._adapters[path] if path else None
 
@@ -2282,7 +2286,7 @@ class EngineProcess:
 
     def _watch_line(self, line: str) -> None:
         """Pick the phases of a load that only the library's log tells."""
-        for name, pattern in ENGINES[self.spec.backend].LOG_PHASES.items() if self.spec.backend in ENGINES else ():
+        for name, pattern in ENGINES[self.spec.backend].LOG_PHASES.items():
             if not self._loaded.done() and (found := re.search(pattern, line)):
                 self.phases[name] = float(found[1])
 
@@ -2348,19 +2352,18 @@ class EngineProcess:
                 refusal = error_of(kind, message)
                 refusal.details = details
                 self._loaded.set_exception(refusal)
-            case Obeyed(error) if self._obeyed is not None:
+            case Obeyed(error) if self._obeyed is not None and not self._obeyed.done():  # else nobody waits any more
                 self._obeyed.set_result(error)
 
     async def _watch(self) -> None:
-        """End a child that hangs: its loop or its engine gives no sign of life for HANG_SECONDS and does not compute.
-
-        A long step is no hang: as long as the processes use the processor the engine gets ten times as long.
-        """
-        began, used = time.monotonic(), 0.0
+        """End a child that is silent for HANG_SECONDS, or for ten times as long while it computes (a long step)."""
+        began, used = 0.0, None
         while True:
             await asyncio.sleep(min(BEAT_SECONDS, HANG_SECONDS / 4))
             silent = max(self._silent_seconds, time.monotonic() - self._beat_at)
             if silent < HANG_SECONDS / 2:
+                used = None
+            elif used is None:
                 began, used = time.monotonic(), await asyncio.to_thread(self._child.cpu_seconds)
             elif silent >= HANG_SECONDS:
                 computed = await asyncio.to_thread(self._child.cpu_seconds) - used
@@ -2385,10 +2388,7 @@ class EngineProcess:
         self._on_death(self)
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
-        """Send a request to the child, as often as it wants choices, and yield the events of all of them.
-
-        Closing this iterator aborts what is left. Started comes once, the last Done has the counts of all.
-        """
+        """Yield Started once, the events of every choice, a Done with all counts; closing this aborts the rest."""
         box, ends, started = Mailbox(), dict[int, Done](), False
         wanted = {index: next(self._ids) for index in range(request.sampling.n or 1)}
         self._mailboxes |= {id: (box, index) for index, id in wanted.items()}
@@ -3655,10 +3655,7 @@ def weight_bytes(meta: ModelMeta, quantization: str) -> int:
 
 
 def kv_cache_bytes(weights: int, devices: list[Json]) -> tuple[int, float]:
-    """How much KV cache an engine that reserves it gets on each device, and its share of the device with the weights.
-
-    A device is divided between MAX_CACHE_MODELS models, as far as other programs leave it free; a CPU gets a gibibyte.
-    """
+    """KV cache for each device and the share of it with the weights: MAX_CACHE_MODELS models divide what is free."""
     if not devices:
         return KV_CACHE_BYTES or 1024 * MEBIBYTE, 0.9
     total, free = devices[0]["total_bytes"], min(device["free_bytes"] for device in devices)
@@ -3878,8 +3875,10 @@ def _wanted_standbys() -> set[str]:
     if STANDBY_ENGINES != ("auto",):
         return {name for name in STANDBY_ENGINES if name in ENGINE_LIBRARIES and not engine_unavailable(name)}
     waiting = [meta for meta in model_meta.values() if meta.name not in model_cache and meta.format == "safetensors"]
-    firsts = (next((rung for rung in rungs(meta) if not engine_unavailable(rung)), "") for meta in waiting)
-    return set(firsts) - {""}
+    ladders = {
+        rungs(meta) for meta in waiting
+    }  # few, where models are many: what is installed is looked up on the disk
+    return {next((rung for rung in ladder if not engine_unavailable(rung)), "") for ladder in ladders} - {""}
 
 
 async def _cache_model(meta: ModelMeta, engine: EngineProcess) -> None:

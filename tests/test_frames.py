@@ -844,3 +844,18 @@ def test_a_new_request_stops_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (engine.pins, engine.expires_at, engine.keep_alive) == (1, None, app.KEEP_ALIVE)
 
     run(scenario())
+
+
+def test_an_order_that_is_answered_too_late_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waited has given up; the engine's other reports still arrive."""
+    monkeypatch.setattr(app, "LOAD_TIMEOUT", 0.01)
+
+    async def scenario() -> None:
+        engine = engine_with(FakeChild(), monkeypatch)
+        with pytest.raises(app.EngineFailed, match="did not wake"):
+            await engine.wake()
+        engine._deliver(app.Obeyed())
+        engine._deliver(app.Phase("late", 1.0))
+        assert engine.phases == {"late": 1.0}
+
+    run(scenario())
