@@ -51,6 +51,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle compute threads slee
 
 import argparse
 import asyncio
+import base64
 import ctypes
 import errno
 import functools
@@ -253,11 +254,24 @@ PLAIN_TEMPLATE_STOP = ("\nUser:", "\nSystem:")
 # May not: know HTTP bodies, a dialect or an engine.
 
 
-class Message(msgspec.Struct, frozen=True):
-    """One turn of a conversation."""
+class Call(msgspec.Struct, frozen=True):
+    """One call of a tool; `arguments` is the text of a JSON object."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One turn of a conversation; images are base64, `call_id` and `tool_name` say what a tool's turn answers."""
 
     role: str
-    content: str
+    content: str = ""
+    thinking: str = ""
+    images: tuple[str, ...] = ()
+    calls: tuple[Call, ...] = ()
+    call_id: str = ""
+    tool_name: str = ""
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -285,6 +299,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     regex: str | None = None
     choice: tuple[str, ...] | None = None
     grammar: str | None = None
+    echo: bool | None = None
 
     def shape(self) -> str:
         """Which option constrains the answer's form, or an empty text."""
@@ -295,18 +310,42 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
         return {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
 
 
-class ChatRequest(msgspec.Struct, frozen=True):
-    """What a client wants from a model, in no dialect."""
+Task = Literal["chat", "complete", "embed", "rerank", "tokenize", "detokenize", "count", "load", "unload"]
+Input = str | tuple[int, ...]  # a text, or the ids of its tokens
+
+
+class ChatRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a client wants from a model, in no dialect.
+
+    `messages` are for the tasks chat and count, `inputs` for all else: what is completed, embedded, tokenized (tokens:
+    detokenized), or the query and then the documents to rank. `tools` have the form that chat templates take.
+    """
 
     model: str
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] = ()
     sampling: Sampling = Sampling()
     stream: bool = True
     keep_alive: float | None = None
+    task: Task = "chat"
+    inputs: tuple[Input, ...] = ()
+    suffix: str = ""
+    tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: Literal["auto", "none", "required"] = "auto"
+    parallel_tool_calls: bool = True
+    think: bool | str | None = None
+    think_if_able: bool = False
+    truncate: bool = False
+    dimensions: int | None = None
+    template: str = ""
     adapter: str = ""
     require: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     created_at: str = ""
+    wire: dict[str, Any] = {}
+
+    def width(self) -> int:
+        """How many choices the reply has: `n` for each prompt."""
+        return (self.sampling.n or 1) * (len(self.inputs) if self.task == "complete" else 1)
 
 
 class ServedBy(msgspec.Struct, frozen=True):
@@ -316,6 +355,7 @@ class ServedBy(msgspec.Struct, frozen=True):
     quantization: str = ""
     revision: str = ""
     ignored: tuple[str, ...] = ()
+    dropped_messages: int = 0
 
 
 class Started(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -342,7 +382,30 @@ class Text(msgspec.Struct, frozen=True, tag=True, array_like=True):
     index: int = 0
 
 
-FinishReason = Literal["stop", "length"]
+class Thinking(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """A piece of what the model thinks before it answers."""
+
+    text: str
+    index: int = 0
+
+
+class ToolCall(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """A piece of call number `call` of a choice: the first has its id and name, all together its `arguments`."""
+
+    call: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+    index: int = 0
+
+
+class Result(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """What a task gave that is no text: a vector for each input, a score for each document, tokens, or a text."""
+
+    value: Any
+
+
+FinishReason = Literal["stop", "length", "tool_calls", "load", "unload"]
 
 
 class Done(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -358,41 +421,55 @@ class Done(msgspec.Struct, frozen=True, tag=True, array_like=True):
     cached_tokens: int = 0
     index: int = 0
     last: bool = True
+    stop_string: str = ""
 
 
-Event = Started | Text | Done
+Event = Started | Text | Thinking | ToolCall | Result | Done
 
 
 class Choice(msgspec.Struct):
     """One of the answers of a whole reply."""
 
     text: str = ""
+    thinking: str = ""
+    calls: list[Call] = []
     logprobs: list[TokenLogprob] = []
     reason: FinishReason = "stop"
+    stop_string: str = ""
 
 
 class Reply(msgspec.Struct):
     """A whole reply: the fold of an event stream."""
 
     choices: list[Choice]
-    done: Done | None = None
+    done: Done
+    result: Any = None
 
 
 async def fold(events: AsyncIterator[Event]) -> Reply:
     """Fold events into the whole reply; the one way a non-streaming answer is made."""
     choices: defaultdict[int, Choice] = defaultdict(Choice)
-    texts: defaultdict[int, list[str]] = defaultdict(list)  # joined once: adding to a text copies it every time
-    done = None
+    pieces: defaultdict[tuple[int, type], list[str]] = defaultdict(list)  # joined once: adding to a text copies it
+    calls: defaultdict[int, defaultdict[int, list[ToolCall]]] = defaultdict(lambda: defaultdict(list))
+    reply = Reply([], Done("stop", 0, 0, 0.0, 0.0))
     async for event in events:
-        if isinstance(event, Text):
-            texts[event.index].append(event.text)
-            choices[event.index].logprobs.extend(event.logprobs)
-        elif isinstance(event, Done):
-            choices[event.index].reason = event.reason
-            done = event
+        match event:
+            case Text() | Thinking():
+                pieces[event.index, type(event)].append(event.text)
+                choices[event.index].logprobs.extend(event.logprobs if isinstance(event, Text) else ())
+            case ToolCall(call):
+                calls[event.index][call].append(event)
+            case Result(value):
+                reply.result = value
+            case Done():
+                choice, reply.done = choices[event.index], event
+                choice.reason, choice.stop_string = event.reason, event.stop_string
     for index, choice in choices.items():
-        choice.text = "".join(texts[index])
-    return Reply([choice for _, choice in sorted(choices.items())], done)
+        choice.text, choice.thinking = "".join(pieces[index, Text]), "".join(pieces[index, Thinking])
+        parts = [calls[index][call] for call in sorted(calls[index])]
+        choice.calls = [Call(each[0].id, each[0].name, "".join(one.arguments for one in each)) for each in parts]
+    reply.choices = [choice for _, choice in sorted(choices.items())]
+    return reply
 
 
 class ServerError(RuntimeError):
@@ -426,7 +503,7 @@ ContextLengthExceeded = _error("ContextLengthExceeded", "context_length_exceeded
 UnsafeFormat = _error("UnsafeFormat", "unsafe_format", base=BadRequest)  # no weights in a format that is safe to open
 RemoteCodeNotGranted = _error("RemoteCodeNotGranted", "remote_code_disabled", 403)  # nobody granted it at /pull
 GatedModel = _error("GatedModel", "gated", 403)  # the Hub wants a licence accepted, or a token with the right to read
-NotFound = _error("NotFound", "not_found", 404)  # a model or job of this name is not here
+NotFound = _error("NotFound", "not_found", 404)  # a job, a file or a route of this name is not here
 InUse = _error("InUse", "in_use", 409)  # the model is answering somebody right now
 RequirementNotMet = _error("RequirementNotMet", "requirement_not_met", 409)  # X-Require asks for something else
 BodyTooLarge = _error("BodyTooLarge", "body_too_large", 413)  # the request body is over MAX_BODY_BYTES
@@ -531,6 +608,7 @@ class ModelMeta(msgspec.Struct):
     custom_code: bool = False
     embedding: bool = False
     has_chat_template: bool = True
+    capabilities: list[str] = []
     system: str | None = None
     options: dict[str, Any] = {}
     ladder: list[Rung] = []
@@ -767,19 +845,6 @@ def error_response(error: ServerError, body: Json | None = None) -> JSONResponse
     """Render an error: the status of its class, the native shape unless a dialect gives its own, Retry-After."""
     headers = {} if error.retry_after is None else {"Retry-After": str(max(1, round(error.retry_after)))}
     return JSONResponse(body or {"error": str(error)}, error.status, headers)
-
-
-@app.exception_handler(ServerError)
-async def _server_error(_: Request, error: ServerError) -> JSONResponse:
-    return error_response(error)
-
-
-@app.exception_handler(HTTPException)
-async def _routing_error(request: Request, error: HTTPException) -> Response:
-    """Unknown paths and verbs, which the router reports before any endpoint runs."""
-    words = {404: "404 page not found", 405: "405 method not allowed"}
-    text = words.get(error.status_code, str(error.detail))
-    return JSONResponse({"error": f"{text}: {request.method} {request.url.path}"}, error.status_code, error.headers)
 
 
 async def read_json(request: Request) -> Json:
@@ -2507,7 +2572,7 @@ Frame = tuple[str | None, Json]  # (event name for server-sent events, payload)
 
 
 class Dialect(msgspec.Struct, frozen=True):
-    """Four pure functions and a framing: everything that one protocol knows."""
+    """Four pure functions and a framing: everything that one protocol knows. `end` closes a stream, errors included."""
 
     parse: Callable[[Body], ChatRequest]
     stream: Callable[[ChatRequest], Callable[[Event], Iterator[Frame]]]
@@ -2515,6 +2580,7 @@ class Dialect(msgspec.Struct, frozen=True):
     error: Callable[[ServerError], Json]
     frame: Callable[[Frame], bytes]
     media_type: str
+    end: bytes = b""
 
 
 def ndjson(frame: Frame) -> bytes:
@@ -2529,14 +2595,19 @@ def sse(frame: Frame) -> bytes:
     return head + b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
+# -- what the bodies of all protocols are made of ------------------------------
+
+
 class _Strict(BaseModel):
     """Types as JSON has them: no text where a number belongs. Unknown fields are kept, to be named in the reply."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
+WHOLE = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 Probability = Annotated[float | None, Field(ge=0, le=1)]
 Penalty = Annotated[float | None, Field(ge=-2, le=2)]
+TokenCount = Annotated[int | None, Field(ge=-2, le=2**31), WHOLE]
 StopList = Annotated[
     list[Annotated[str, Field(max_length=256)]] | None,
     Field(max_length=16),
@@ -2544,26 +2615,27 @@ StopList = Annotated[
 ]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Pattern = Annotated[str | None, Field(min_length=1, max_length=65536)]
+KeepAlive = str | int | float | None
 
 
 class SamplingBody(_Strict):
-    """The sampling options of the native API, in `options` or beside it."""
+    """How tokens are chosen, in the words of all protocols: in `options`, or in the body itself."""
 
-    max_tokens: Annotated[int | None, Field(ge=-2, le=2**31)] = None
-    num_predict: Annotated[int | None, Field(ge=-2, le=2**31)] = None
+    max_tokens: TokenCount = None
+    num_predict: TokenCount = None
     temperature: Annotated[float | None, Field(ge=0, le=100)] = None
     top_p: Probability = None
-    top_k: Annotated[int | None, Field(ge=-1, le=2**31)] = None
+    top_k: Annotated[int | None, Field(ge=-1, le=2**31), WHOLE] = None
     min_p: Probability = None
     typical_p: Probability = None
-    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63), WHOLE] = None
     stop: StopList = None
     repeat_penalty: Annotated[float | None, Field(gt=0, le=100)] = None
-    repeat_last_n: Annotated[int | None, Field(ge=-1, le=2**31)] = None
+    repeat_last_n: Annotated[int | None, Field(ge=-1, le=2**31), WHOLE] = None
     presence_penalty: Penalty = None
     frequency_penalty: Penalty = None
-    num_ctx: Annotated[int | None, Field(ge=1, le=2**31)] = None
-    min_tokens: Annotated[int | None, Field(ge=0, le=2**31)] = None
+    num_ctx: Annotated[int | None, Field(ge=1, le=2**31), WHOLE] = None
+    min_tokens: Annotated[int | None, Field(ge=0, le=2**31), WHOLE] = None
     ignore_eos: bool | None = None
     logit_bias: Annotated[
         dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None,
@@ -2578,35 +2650,106 @@ class SamplingBody(_Strict):
     grammar: Pattern = None
 
 
-class TextPart(_Strict):
-    """A piece of content in OpenAI's list form; only text is served."""
+class ImageUrl(_Strict):
+    """Where an image is: a `data:` URI."""
 
-    type: Literal["text"]
-    text: str
+    url: str
+
+
+class ContentPart(_Strict):
+    """A piece of content in list form: text, or an image as a `data:` URI."""
+
+    type: Literal["text", "input_text", "output_text", "refusal", "image_url", "input_image"]
+    text: str = ""
+    refusal: str = ""
+    image_url: ImageUrl | str | None = None
+
+
+Content = Annotated[
+    list[ContentPart] | None,
+    BeforeValidator(
+        lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value,
+        json_schema_input_type=str | list[ContentPart] | None,
+    ),
+]
+
+
+class FunctionBody(_Strict):
+    """What a tool is called, does and takes; `parameters` is a JSON schema."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolBody(_Strict):
+    """A tool that the model may call."""
+
+    type: Literal["function"] = "function"
+    function: FunctionBody
+
+
+class CalledBody(_Strict):
+    """What was called, with its arguments as an object, or as the text of one."""
+
+    name: Name
+    arguments: dict[str, Any] | str = {}
+    index: int | None = None
+
+
+class CallBody(_Strict):
+    """A call of a tool in the history."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledBody
+    index: int | None = None
 
 
 class MessageBody(_Strict):
-    """One turn of the conversation."""
+    """One turn of the conversation, in Ollama's form or in OpenAI's."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[
-        list[TextPart] | None,
-        BeforeValidator(
-            lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value,
-            json_schema_input_type=str | list[TextPart] | None,
-        ),
-    ] = None
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant", "tool"],
+        BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
+    ]
+    content: Content = None
+    thinking: str | None = None
+    reasoning_content: str | None = None
+    images: list[str] | None = None
+    tool_calls: list[CallBody] | None = None
+    tool_call_id: str | None = None
+    tool_name: str | None = None
+    name: str | None = None
 
 
-class ChatBody(SamplingBody):
-    """The body of POST /chat: `messages` or `prompt`; options in `options` or beside it."""
+class NamedFunction(_Strict):
+    """The name of a tool."""
+
+    name: Name
+
+
+class NamedTool(_Strict):
+    """The one tool that must be called."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class ConversationBody(SamplingBody):
+    """What every chat protocol but Anthropic's has in common."""
 
     model: Name
     messages: list[MessageBody] | None = None
-    prompt: str | None = None
+    tools: list[ToolBody] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    think: bool | str | None = None
     stream: bool | None = None
+    truncate: bool | None = None
     options: SamplingBody | None = None
-    keep_alive: str | int | float | None = None
+    keep_alive: KeepAlive = None
 
 
 REVISION = r"^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?(/[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?)*$"
@@ -2626,10 +2769,10 @@ BodyModel = TypeVar("BodyModel", bound=BaseModel)
 UNION_BRANCHES = {"str", "int", "float"}  # pydantic names them like fields in an error's place
 
 
-def validated(model: type[BodyModel], body: Body) -> BodyModel:
+def validated(model: type[BodyModel], body: Body, missing: str = "Missing 'model' in payload") -> BodyModel:
     """Check a body; raises BadRequest that names the first wrong field and its rule, never its value."""
-    if not body.get("model"):
-        raise BadRequest("Missing 'model' in payload")
+    if not body.get("model") and "model" in model.model_fields:
+        raise BadRequest(missing)
     present = {name: value for name, value in body.items() if value is not None}  # null means absent
     try:
         return model.model_validate(present)
@@ -2640,34 +2783,35 @@ def validated(model: type[BodyModel], body: Body) -> BodyModel:
         raise BadRequest(f"Field '{place}': {first['msg']}") from error
 
 
-def native_parse(body: Body) -> ChatRequest:
-    """Read the body of POST /chat."""
-    chat = validated(ChatBody, body)
-    if (chat.messages is None) == (chat.prompt is None):
-        raise BadRequest("Give either 'messages' or 'prompt' in payload.")
-    messages = [Message(each.role, "".join(part.text for part in each.content or [])) for each in chat.messages or []]
-    if chat.prompt is not None:
-        messages = [Message("user", chat.prompt)]
-    if not messages:
-        raise BadRequest("Field 'messages': it is empty; POST /models/{name}/load loads a model.")
-    sampling = _native_sampling(chat)
+def unknown_fields(body: BaseModel, place: str = "") -> Iterator[str]:
+    """The fields that nothing here knows, by their place; of lists every name once."""
+    yield from (place + name for name in body.model_extra or {})
+    for name in type(body).model_fields:
+        value = getattr(body, name)
+        inner = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, BaseModel)]
+        yield from dict.fromkeys(found for each in inner for found in unknown_fields(each, f"{place}{name}."))
+
+
+def keep_alive_of(value: KeepAlive) -> float | None:
+    """How long a model stays after the request, in seconds. Raises BadRequest."""
     try:
-        keep_alive = None if chat.keep_alive is None else parse_duration(chat.keep_alive)
+        return None if value is None else parse_duration(value)
     except ValueError as error:
         raise BadRequest(f"Field 'keep_alive': {error}") from error
-    return ChatRequest(
-        model=chat.model,
-        messages=tuple(messages),
-        sampling=sampling,
-        stream=chat.stream is not False,
-        keep_alive=keep_alive,
-        ignored=tuple(_unknown_fields(chat)),
-    )
 
 
-def _native_sampling(chat: ChatBody) -> Sampling:
-    """Merge `options` and the fields beside it, which win. Raises BadRequest when two of them exclude each other."""
-    merged = (_own_names(chat.options) if chat.options else {}) | _own_names(chat)
+def sampling_of(*bodies: SamplingBody | None, **more: Any) -> Sampling:
+    """Merge what several bodies say, the later ones winning, `more` over all. Raises BadRequest where they clash."""
+    merged: Json = {}
+    for body in bodies:
+        given = body.model_dump(include=set(SamplingBody.model_fields), exclude_none=True) if body else {}
+        for theirs, ours in (("num_predict", "max_tokens"), ("num_ctx", "context_length")):
+            if theirs in given:
+                given.setdefault(ours, given.pop(theirs))
+        merged |= given
+    merged |= {name: value for name, value in more.items() if value is not None}
+    if merged.get("format") == "":  # what Ollama's own clients send when no format is wanted
+        del merged["format"]
     if len(shapes := [name for name in ("format", "regex", "choice", "grammar") if name in merged]) > 1:
         raise BadRequest(f"Field '{shapes[1]}': it cannot be combined with '{shapes[0]}'.")
     if merged.pop("logprobs", "top_logprobs" in merged):
@@ -2676,25 +2820,133 @@ def _native_sampling(chat: ChatBody) -> Sampling:
     return msgspec.convert(merged, Sampling, strict=False)
 
 
-def _own_names(body: SamplingBody) -> Json:
-    """The options that were set; `num_predict` and `num_ctx` are Ollama's names for two of them."""
-    given = body.model_dump(include=set(SamplingBody.model_fields), exclude_none=True)
-    for theirs, ours in (("num_predict", "max_tokens"), ("num_ctx", "context_length")):
-        if theirs in given:
-            given.setdefault(ours, given.pop(theirs))
-    if given.get("format") == "":  # what Ollama's own clients send when no format is wanted
-        del given["format"]
-    return given
+def image_of(value: str, place: str) -> str:
+    """The base64 text of an image, bare or in a `data:` URI. Raises BadRequest that names the place."""
+    head, comma, data = value.rpartition(",")
+    if value.startswith(("http://", "https://")):
+        raise BadRequest(
+            f"Field '{place}': image URLs are not currently supported, please use base64 encoded data instead."
+        )
+    if comma and not re.fullmatch(r"data:image/[\w.+-]+(;[\w=-]+)*;base64", head):
+        raise BadRequest(f"Field '{place}': invalid image input: use base64, or data:image/png;base64,...")
+    try:
+        if not base64.b64decode(data, validate=True):
+            raise ValueError("it is empty")
+    except ValueError as error:
+        raise BadRequest(f"Field '{place}': illegal base64 data: {error}") from error
+    return data
 
 
-def _unknown_fields(chat: ChatBody) -> Iterator[str]:
-    yield from chat.model_extra or {}
-    yield from (f"options.{name}" for name in (chat.options.model_extra if chat.options else None) or {})
-    messages = chat.messages or []
-    parts = [part for message in messages for part in message.content or []]
-    seen = {f"messages.{name}" for message in messages for name in message.model_extra or {}}
-    seen |= {f"messages.content.{name}" for part in parts for name in part.model_extra or {}}
-    yield from sorted(seen)
+def content_of(parts: list[ContentPart] | None, place: str) -> tuple[str, tuple[str, ...]]:
+    """The text and the images of a content. Raises BadRequest that names the place."""
+    images = []
+    for index, part in enumerate(parts or []):
+        if part.type in ("image_url", "input_image"):
+            url = part.image_url.url if isinstance(part.image_url, ImageUrl) else part.image_url
+            images.append(image_of(url or "", f"{place}.{index}.image_url"))
+    return "".join(part.text or part.refusal for part in parts or []), tuple(images)
+
+
+def call_of(call: CallBody, place: str) -> Call:
+    """A call of the history; without an id it gets one. Raises BadRequest when its arguments are no JSON object."""
+    arguments = call.function.arguments
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    try:
+        if not isinstance(json.loads(text or "{}"), dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise BadRequest(f"Field '{place}.function.arguments': invalid tool call arguments: {error}") from error
+    return Call(call.id or new_call_id(), call.function.name, text or "{}")
+
+
+def new_call_id() -> str:
+    """An id for a tool call, as Ollama and OpenAI have it."""
+    return "call_" + "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(8))
+
+
+def messages_of(bodies: list[MessageBody]) -> tuple[Message, ...]:
+    """The conversation; a tool's turn without a name gets that of the call it answers. Raises BadRequest."""
+    names: dict[str, str] = {}
+    messages = []
+    for index, body in enumerate(bodies):
+        place = f"messages.{index}"
+        text, images = content_of(body.content, f"{place}.content")
+        images += tuple(image_of(image, f"{place}.images.{at}") for at, image in enumerate(body.images or []))
+        calls = tuple(call_of(call, f"{place}.tool_calls.{at}") for at, call in enumerate(body.tool_calls or []))
+        if len({call.id for call in calls} - names.keys()) < len(calls):
+            raise BadRequest(f"Field '{place}.tool_calls': an id is there twice.")
+        names |= {call.id: call.name for call in calls}
+        call_id = body.tool_call_id or ""
+        tool_name = body.tool_name or names.get(call_id) or (body.name if body.role == "tool" else None) or ""
+        thinking = body.thinking or body.reasoning_content or ""
+        messages.append(Message(body.role, text, thinking, images, calls, call_id, tool_name))
+    return tuple(messages)
+
+
+def chosen_tools(tools: Iterable[ToolBody] | None, choice: Any) -> Json:
+    """The tools that may be called and whether one must be; a named one is the only one. Raises BadRequest."""
+    given = tuple(tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools or ())
+    names = [tool["function"]["name"] for tool in given]
+    if len(set(names)) < len(names):
+        raise BadRequest("Field 'tools': a name is there twice.")
+    if isinstance(choice, NamedTool):
+        if choice.function.name not in names:
+            raise BadRequest(f"Field 'tool_choice': there is no tool {choice.function.name} in 'tools'.")
+        named = tuple(tool for tool in given if tool["function"]["name"] == choice.function.name)
+        return {"tools": named, "tool_choice": "required", "parallel_tool_calls": False}
+    if choice == "required" and not given:
+        raise BadRequest("Field 'tool_choice': 'required' needs 'tools'.")
+    return {"tools": given, "tool_choice": choice or "auto"}
+
+
+THINK_LEVELS = ("low", "medium", "high", "max")
+
+
+def think_of(value: bool | str | None) -> bool | str | None:
+    """Whether, or how hard, to think. Raises BadRequest with Ollama's words."""
+    if isinstance(value, str) and value not in THINK_LEVELS:
+        raise BadRequest(f'invalid think value: "{value}" (must be "high", "medium", "low", "max", true, or false)')
+    return value
+
+
+def conversation(chat: ConversationBody, **more: Any) -> ChatRequest:
+    """The request that a chat body makes; `more` are fields that its protocol spells in another way."""
+    fields = {
+        "model": chat.model,
+        "messages": messages_of(chat.messages or []),
+        "sampling": more.pop("sampling", None) or sampling_of(chat.options, chat),
+        "stream": bool(chat.stream),
+        "keep_alive": keep_alive_of(chat.keep_alive),
+        "think": think_of(chat.think),
+        "truncate": bool(chat.truncate),
+        "ignored": tuple(unknown_fields(chat)),
+        **chosen_tools(chat.tools, chat.tool_choice),
+    }
+    if chat.parallel_tool_calls is False:
+        fields["parallel_tool_calls"] = False
+    return ChatRequest(**{**fields, **more})
+
+
+# -- the native protocol: Ollama's replies, and what Ollama lacks --------------
+
+
+class ChatBody(ConversationBody):
+    """The body of POST /chat: `messages` or `prompt`; options in `options` or beside it."""
+
+    prompt: str | None = None
+
+
+def native_parse(body: Body) -> ChatRequest:
+    """Read the body of POST /chat."""
+    chat = validated(ChatBody, body)
+    if (chat.messages is None) == (chat.prompt is None):
+        raise BadRequest("Give either 'messages' or 'prompt' in payload.")
+    messages = messages_of(chat.messages or [])
+    if chat.prompt is not None:
+        messages = (Message("user", chat.prompt),)
+    if not messages:
+        raise BadRequest("Field 'messages': it is empty; POST /models/{name}/load loads a model.")
+    return conversation(chat, messages=messages, stream=chat.stream is not False)
 
 
 def _nanoseconds(seconds: float) -> int:
@@ -2702,10 +2954,11 @@ def _nanoseconds(seconds: float) -> int:
     return max(1, round(seconds * 1e9))
 
 
-def _native_end(done: Done) -> Json:
+def native_end(done: Done) -> Json:
+    """The counts and durations of a reply, in nanoseconds; a tool call ends with `stop`, as Ollama has it."""
     return {
         "done": True,
-        "done_reason": done.reason,
+        "done_reason": "stop" if done.reason == "tool_calls" else done.reason,
         "total_duration": _nanoseconds(done.total_seconds),
         "load_duration": _nanoseconds(done.load_seconds),
         "prompt_eval_count": done.prompt_tokens,
@@ -2715,48 +2968,92 @@ def _native_end(done: Done) -> Json:
     }
 
 
-def _native_message(request: ChatRequest, content: str) -> Json:
-    message = {"role": "assistant", "content": content}
-    return {"model": request.model, "created_at": request.created_at, "message": message}
+def _native_message(choice: Choice) -> Json:
+    message: Json = {"role": "assistant", "content": choice.text}
+    if choice.thinking:
+        message["thinking"] = choice.thinking
+    if choice.calls:
+        message["tool_calls"] = [native_call(index, call) for index, call in enumerate(choice.calls)]
+    return message
 
 
-def _native_logprobs(logprobs: Iterable[TokenLogprob]) -> list[Json]:
-    return [_native_logprob(each) | {"top_logprobs": [_native_logprob(one) for one in each.top]} for each in logprobs]
+def native_call(index: int, call: Call) -> Json:
+    """A tool call in Ollama's shape: its arguments are an object, empty when the model's text was none."""
+    try:
+        arguments = json.loads(call.arguments or "{}")
+    except ValueError:
+        arguments = {}
+    return {"id": call.id, "function": {"index": index, "name": call.name, "arguments": arguments}}
 
 
-def _native_logprob(one: TokenLogprob) -> Json:
+def logprobs_json(logprobs: Iterable[TokenLogprob]) -> list[Json]:
+    """Log-probabilities as the chat protocols of Ollama and OpenAI have them."""
+    return [_logprob_json(each) | {"top_logprobs": [_logprob_json(one) for one in each.top]} for each in logprobs]
+
+
+def _logprob_json(one: TokenLogprob) -> Json:
     return {"token": one.token, "logprob": one.logprob, "bytes": list(one.data)}
+
+
+class CallCollector:
+    """Makes whole calls of pieces: a call is complete when the next one of its choice begins, or the choice ends."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, list[ToolCall]] = {}
+
+    def feed(self, event: Event) -> tuple[int, Call] | None:
+        """Take an event; the number and the call that it shows to be complete."""
+        if not isinstance(event, ToolCall | Done):
+            return None
+        pieces = self._open.get(event.index, [])
+        ended = bool(pieces) and (isinstance(event, Done) or event.call != pieces[0].call)
+        if isinstance(event, ToolCall):
+            self._open[event.index] = [event] if ended else [*pieces, event]
+        elif ended:
+            del self._open[event.index]
+        text = "".join(piece.arguments for piece in pieces)
+        return (pieces[0].call, Call(pieces[0].id, pieces[0].name, text)) if ended else None
 
 
 def native_stream(request: ChatRequest) -> Callable[[Event], Iterator[Frame]]:
     """Turn events into the lines of a native stream; with several choices each line names its own."""
-    several = (request.sampling.n or 1) > 1
+    several, collector = request.width() > 1, CallCollector()
+    head = {"model": request.model, "created_at": request.created_at}
+
+    def line(event: Event, message: Json, **more: Any) -> Frame:
+        message = {"role": "assistant", "content": "", **message}
+        index = {"index": event.index} if several and not isinstance(event, Started | Result) else {}
+        return None, {**head, "message": message, "done": False, **more, **index}
 
     def feed(event: Event) -> Iterator[Frame]:
-        if isinstance(event, Started):
-            return
-        line = _native_message(request, event.text if isinstance(event, Text) else "") | {"done": False}
-        if isinstance(event, Done):
-            line |= _native_end(event) if event.last else {"done_reason": event.reason}
-        elif event.logprobs:
-            line["logprobs"] = _native_logprobs(event.logprobs)
-        if several:
-            line["index"] = event.index
-        yield None, line
+        if call := collector.feed(event):
+            yield line(event, {"tool_calls": [native_call(*call)]})
+        match event:
+            case Text(text, logprobs):
+                yield line(event, {"content": text}, **({"logprobs": logprobs_json(logprobs)} if logprobs else {}))
+            case Thinking(text):
+                yield line(event, {"thinking": text})
+            case Done():
+                yield line(
+                    event,
+                    {},
+                    **(native_end(event) if event.last else {"done_reason": native_end(event)["done_reason"]}),
+                )
 
     return feed
 
 
 def native_whole(request: ChatRequest, reply: Reply) -> Json:
     """The native reply in one piece: the first choice, and with `n` all of them under `choices`."""
-    assert reply.done is not None  # fold() of a stream that ended without an error
     first = reply.choices[0]
-    whole = _native_message(request, first.text) | _native_end(reply.done) | {"done_reason": first.reason}
+    head = {"model": request.model, "created_at": request.created_at}
+    whole: Json = head | {"message": _native_message(first)}
+    whole |= native_end(reply.done) | {"done_reason": "stop" if first.reason == "tool_calls" else first.reason}
     if first.logprobs:
-        whole["logprobs"] = _native_logprobs(first.logprobs)
-    if (request.sampling.n or 1) > 1:
+        whole["logprobs"] = logprobs_json(first.logprobs)
+    if request.width() > 1:
         whole["choices"] = [
-            {"index": index, "message": {"role": "assistant", "content": choice.text}, "done_reason": choice.reason}
+            {"index": index, "message": _native_message(choice), "done_reason": choice.reason}
             for index, choice in enumerate(reply.choices)
         ]
     return whole
@@ -2768,6 +3065,31 @@ def native_error(error: ServerError) -> Json:
 
 
 NATIVE = Dialect(native_parse, native_stream, native_whole, native_error, ndjson, "application/x-ndjson")
+
+
+# -- Ollama --------------------------------------------------------------------
+# (ollama dialects here)
+
+
+# -- OpenAI: chat, completions, embeddings, rerank -----------------------------
+# (openai dialects here)
+
+
+# -- OpenAI: responses ---------------------------------------------------------
+# (responses dialect here)
+
+
+# -- Anthropic: messages -------------------------------------------------------
+# (anthropic dialect here)
+
+
+PROTOCOLS: tuple[tuple[str, Dialect], ...] = (("/", NATIVE),)  # the first prefix of a path that fits
+
+
+def dialect_of(path: str) -> Dialect:
+    """Whose words an answer uses that no dialect has made: a body that is no JSON, a path that does not exist."""
+    return next(dialect for prefix, dialect in PROTOCOLS if path.startswith(prefix))
+
 
 ###############################################################################
 # 11 MODEL STORE ##############################################################
@@ -3008,6 +3330,7 @@ def describe_model(source: ModelSource, path: Path, revision: str) -> ModelMeta:
         pulled_at=now_iso(),
     )
     (_describe_gguf if meta.format == "gguf" else _describe_safetensors)(meta, path)
+    meta.capabilities = ["embedding"] if meta.embedding else ["completion"]
     meta.parameter_count = check_files(meta)
     meta.size_bytes = sum(file.stat().st_size for file in weight_files(meta))
     return meta
@@ -3986,6 +4309,13 @@ def _outdate_engine(name: str) -> None:
         engine.unpin(_expire)
 
 
+def _expire_when_idle(name: str) -> None:
+    """Take a model off the device as soon as nobody uses it; fine if it is not there."""
+    if (engine := model_cache.get(name)) is not None and not engine.asleep:
+        engine.pin(0.0)
+        engine.unpin(_expire)
+
+
 def _expire(engine: EngineProcess) -> None:
     """The keep-alive time of an idle model is over."""
     task = asyncio.get_running_loop().create_task(_unload_if_idle(engine))
@@ -4142,6 +4472,22 @@ def _with_defaults(request: ChatRequest, meta: ModelMeta) -> ChatRequest:
     return msgspec.structs.replace(request, messages=messages, sampling=msgspec.convert(chosen, Sampling))
 
 
+@app.exception_handler(ServerError)
+async def _server_error(request: Request, error: ServerError) -> JSONResponse:
+    return error_response(error, dialect_of(request.url.path).error(error))
+
+
+@app.exception_handler(HTTPException)
+async def _routing_error(request: Request, error: HTTPException) -> Response:
+    """Unknown paths and verbs, which the router reports before any endpoint runs."""
+    words = {404: "404 page not found", 405: "405 method not allowed"}
+    text = words.get(error.status_code, str(error.detail))
+    if not request.url.path.startswith("/v1/"):
+        return PlainTextResponse(text, error.status_code, error.headers)
+    told = NotFound(f"{text}: {request.method} {request.url.path}")
+    return JSONResponse(dialect_of(request.url.path).error(told), error.status_code, error.headers)
+
+
 def _check_requirement_early(request: ChatRequest, meta: ModelMeta) -> None:
     """Raises RequirementNotMet before anything is loaded or evicted, where the ladder already rules the engine out."""
     wanted = dict(request.require).get("backend")
@@ -4154,7 +4500,11 @@ def _check_requirement_early(request: ChatRequest, meta: ModelMeta) -> None:
 
 def _served_by(engine: EngineProcess, request: ChatRequest) -> ServedBy:
     """The contract of this reply. Raises RequirementNotMet, or BadRequest with STRICT_PARAMETERS."""
-    facts = {"backend": engine.spec.backend, "quantization": engine.info.quantization, "revision": engine.revision}
+    facts: Json = {
+        "backend": engine.spec.backend,
+        "quantization": engine.info.quantization,
+        "revision": engine.revision,
+    }
     for name, wanted in request.require:
         if facts.get(name) != wanted:
             raise RequirementNotMet(
@@ -4169,10 +4519,40 @@ def _served_by(engine: EngineProcess, request: ChatRequest) -> ServedBy:
     return served_by
 
 
+ABILITIES = {"chat": "completion", "complete": "completion", "embed": "embedding", "rerank": "rerank"}  # by task
+TASK_WORDS = {"complete": "generate", "embed": "embeddings"}
+
+
+def _within_abilities(request: ChatRequest, meta: ModelMeta) -> ChatRequest:
+    """The request without what was asked for only if the model can do it. Raises BadRequest for what it cannot do."""
+    able, name = meta.capabilities, request.model
+    if (needed := ABILITIES.get(request.task)) and needed not in able:
+        raise BadRequest(f'"{name}" does not support {TASK_WORDS.get(request.task, request.task)}')
+    if request.suffix and "insert" not in able:
+        raise BadRequest(f"{name} does not support insert")
+    if request.tools and request.tool_choice == "auto" and "tools" not in able:
+        raise BadRequest(f"{name} does not support tools")
+    for index, message in enumerate(request.messages):
+        if message.images and "vision" not in able:
+            raise BadRequest(f"Field 'messages.{index}': {name} does not support images")
+    if request.think and "thinking" not in able:
+        if not request.think_if_able:
+            raise BadRequest(f'"{name}" does not support thinking')
+        request = msgspec.structs.replace(request, think=None, ignored=(*request.ignored, "think"))
+    return msgspec.structs.replace(request, tools=()) if request.tool_choice == "none" else request
+
+
 async def generate(request: ChatRequest) -> AsyncGenerator[Event, None]:
     """Answer a request: Started, Text ..., Done. However this ends, the engine stops and the model is unpinned."""
     began = time.perf_counter()
-    _check_requirement_early(request, base_of(find_model(request.model)))
+    meta = find_model(request.model)
+    if request.task == "unload":
+        _expire_when_idle(base_of(meta).name)
+        for event in _nothing_said("unload", 0.0):
+            yield event
+        return
+    request = _within_abilities(request, meta)
+    _check_requirement_early(request, base_of(meta))
     if request_slots.locked():
         raise NoCapacity("server busy, please try again. All places in the queue are taken (MAX_QUEUE).", retry_after=1)
     slot, engine_loaded = request_slots, loaded(request.model, request.keep_alive)
@@ -4181,9 +4561,37 @@ async def generate(request: ChatRequest) -> AsyncGenerator[Event, None]:
             yield event
 
 
+def _nothing_said(reason: FinishReason, seconds: float) -> Iterator[Event]:
+    """The events of a request that only loads or unloads."""
+    yield Started(0)
+    yield Done(reason, 0, 0, 0.0, 0.0, seconds, seconds)
+
+
+async def _admitted(engine: EngineProcess, request: ChatRequest) -> tuple[int, int, AsyncGenerator[Event, None]]:
+    """Start a request: tokens of its prompt, turns that had to go for it to fit (with `truncate` only), its events."""
+    dropped = 0
+    while True:
+        events = engine.stream(request)
+        try:
+            started = await anext(events)
+            assert isinstance(started, Started)  # every engine says Started first
+            return started.prompt_tokens, dropped, events
+        except BaseException as error:
+            await events.aclose()
+            oldest = next((turn for turn in request.messages[:-1] if turn.role != "system"), None)
+            if not isinstance(error, ContextLengthExceeded) or not request.truncate or oldest is None:
+                raise
+        rest = tuple(turn for turn in request.messages if turn is not oldest)
+        request, dropped = msgspec.structs.replace(request, messages=rest), dropped + 1
+
+
 async def _answer(engine: EngineProcess, request: ChatRequest, began: float) -> AsyncGenerator[Event, None]:
     """The engine's events, with what only the server knows: the contract, the time for the load, the time in all."""
     load_seconds = time.perf_counter() - began
+    if request.task == "load":
+        for event in _nothing_said("load", load_seconds):
+            yield event
+        return
     meta = find_model(request.model)
     request = msgspec.structs.replace(_with_defaults(request, meta), adapter=meta.local_path if meta.adapter_of else "")
     if request.adapter and not engine.info.adapters:
@@ -4191,11 +4599,11 @@ async def _answer(engine: EngineProcess, request: ChatRequest, began: float) -> 
             f"{meta.name} is a LoRA adapter, and {engine.spec.backend} cannot apply it to {meta.adapter_of}."
         )
     served_by = _served_by(engine, request)
-    async with aclosing(engine.stream(request)) as events:
+    prompt_tokens, dropped, events = await _admitted(engine, request)
+    async with aclosing(events):
+        yield Started(prompt_tokens, msgspec.structs.replace(served_by, dropped_messages=dropped))
         async for event in events:
-            if isinstance(event, Started):
-                event = Started(event.prompt_tokens, served_by)
-            elif isinstance(event, Done):
+            if isinstance(event, Done):
                 total = time.perf_counter() - began
                 event = msgspec.structs.replace(event, load_seconds=load_seconds, total_seconds=total)
             yield event
@@ -4245,6 +4653,8 @@ class EventStream(Response):
 def contract_headers(served: ServedBy) -> dict[str, str]:
     """What every generation reply says of itself, in header form."""
     headers = {"X-Backend": served.backend, "X-Quantization": served.quantization, "X-Model-Revision": served.revision}
+    if served.dropped_messages:
+        headers["X-Truncated"] = f"messages={served.dropped_messages}"
     return headers | ignored_header(served.ignored)
 
 
@@ -4296,6 +4706,8 @@ async def wire(
     except ServerError as error:
         log.error("A stream of %s ended with an error: %s", request.model, error)
         yield dialect.frame(("error", dialect.error(error)))
+    if dialect.end:
+        yield dialect.end
 
 
 ###############################################################################
@@ -4311,10 +4723,13 @@ def _body_schema(model: type[BaseModel]) -> Json:
     return {"requestBody": {"required": True, "content": content}}
 
 
-@app.post("/chat", openapi_extra=_body_schema(ChatBody))
-async def chat(request: Request) -> Response:
-    """Answer a conversation, streamed as NDJSON unless `stream` is false."""
-    return await respond(NATIVE, request)
+def _answers(path: str, dialect: Dialect, body: type[BaseModel], summary: str) -> None:
+    """A route that a model answers, in a dialect."""
+    name, extra = path.strip("/").replace("/", "_"), _body_schema(body)
+    app.post(path, name=name, summary=summary, openapi_extra=extra)(functools.partial(respond, dialect))
+
+
+_answers("/chat", NATIVE, ChatBody, "Answer a conversation, streamed as NDJSON unless `stream` is false.")
 
 
 @app.post("/pull", status_code=202, openapi_extra=_body_schema(PullBody))
@@ -4388,6 +4803,21 @@ async def delete_model_endpoint(name: str) -> Json:
     """Remove a model from memory and disk."""
     await delete_model(name)
     return {"deleted": name}
+
+
+# -- Ollama --------------------------------------------------------------------
+# (ollama routes here)
+
+
+# -- OpenAI --------------------------------------------------------------------
+# (openai routes here)
+
+
+# -- OpenAI responses and Anthropic --------------------------------------------
+# (responses and anthropic routes here)
+
+
+# -- the server itself ---------------------------------------------------------
 
 
 @app.get("/diag")
