@@ -55,7 +55,6 @@ import base64
 import ctypes
 import errno
 import functools
-import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -1272,12 +1271,12 @@ class StepGate:
 
     def __init__(self) -> None:
         self._turn = threading.Condition()
-        self._next_ticket = 0
+        self._tickets = itertools.count()
         self._serving = 0
 
     def __enter__(self) -> None:
         with self._turn:
-            ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
+            ticket = next(self._tickets)
             self._turn.wait_for(lambda: self._serving == ticket)
 
     def __exit__(self, *_: object) -> None:
@@ -1292,8 +1291,8 @@ class StepGate:
 
     def pass_through(self) -> None:
         """Wait for a turn and give it away."""
-        with self:
-            pass
+        self.__enter__()
+        self.__exit__()
 
 
 class TokenStream(ThreadStream):
@@ -1301,112 +1300,75 @@ class TokenStream(ThreadStream):
 
     def __init__(self, tokenizer: Any, sampling: Sampling, end_tokens: frozenset[int], gate: StepGate) -> None:
         super().__init__()
-        self._tokenizer = tokenizer
-        self._decode = _incremental_decoder(tokenizer)
-        self._end_tokens = frozenset() if sampling.ignore_eos else end_tokens
+        self._tokenizer, self._gate = tokenizer, gate
         self._stops = StopStrings([*(sampling.stop or ()), *(() if tokenizer.chat_template else PLAIN_TEMPLATE_STOP)])
         self._alternatives = sampling.logprobs
-        self._gate = gate
-        self._seen_prompt = self._finished = False
         self._likely: Any = None
-        self._count = 0
-        self.started_at = self.first_token_at = time.perf_counter()
+        self._known: list[int] = []  # the latest tokens whose text is out, and those that are not whole characters yet
+        self._open: list[int] = []
+        self.end_tokens = frozenset() if sampling.ignore_eos else end_tokens
+        self.count, self.finished, self.first_token_at = 0, False, 0.0
 
     def see_logits(self, _: Any, scores: Any) -> Any:
         """A logits processor, the first of all: keep the model's own log-probabilities of the next token."""
         if self._alternatives is not None:
-            self._likely = scores[0].float().log_softmax(-1)
+            self._likely = scores[0].log_softmax(-1)
         return scores
 
+    def should_stop(self, *_: Any, **__: Any) -> bool:
+        """A transformers stopping criterion: true once a stop string was seen or the client left."""
+        return self.finished or self.cancelled.is_set()
+
     def put(self, tokens: Any) -> None:
-        """Take what `generate` puts: first the whole prompt, then one token a step."""
-        if not self._seen_prompt:
-            self._seen_prompt = True
+        """Take what `generate` puts: first the prompt, as a matrix, then a token a step, and one more after a stop."""
+        if tokens.dim() > 1 or self.finished:
             return
-        if self._count == 0:
-            self.first_token_at = time.perf_counter()
-        self._count += 1
+        self.first_token_at = self.first_token_at or time.perf_counter()
+        self.count += 1
         token = int(tokens[-1])
-        if token in self._end_tokens:
-            self._finished = True
-            return
-        self._show(self._stops.feed(self._decode(token) or ""), self._logprobs(token))
-        self._finished = self._stops.hit is not None
-        if not self._finished:
+        if token not in self.end_tokens:
+            text, logprobs = self._stops.feed(self._text_of(token)), self._logprobs(token)
+            if text or logprobs:
+                self.emit(Text(text, logprobs))
+        self.finished = token in self.end_tokens or self._stops.hit is not None
+        if not self.finished:
             self._gate.hand_over()
+
+    def end(self) -> None:
+        """`generate` is through."""
+        if text := self._stops.finish():
+            self.emit(Text(text))
+
+    def _text_of(self, token: int) -> str:
+        """The text that a token completes, never half a character; decoded after a token before it, for the spaces."""
+        self._open.append(token)
+        decode = functools.partial(self._tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = decode(self._known + self._open)[len(decode(self._known)) :]
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._known, self._open = self._open, []
+        return text
 
     def _logprobs(self, token: int) -> tuple[TokenLogprob, ...]:
         if self._alternatives is None:
             return ()
         values, tokens = self._likely.topk(self._alternatives)
-        top = zip(tokens.tolist(), values.tolist(), strict=True)
-        others = tuple(_token_logprob(self._tokenizer, each, value) for each, value in top)
-        return (_token_logprob(self._tokenizer, token, float(self._likely[token]), others),)
-
-    def take_whole(self, text: str, tokens: int) -> None:
-        """Take an answer that came in one piece."""
-        self._count, self.first_token_at, self._finished = tokens, time.perf_counter(), True
-        self._show(self._stops.feed(text))
-        self.end()
-
-    def _show(self, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
-        if text or logprobs:
-            self.emit(Text(text, logprobs))
-
-    def end(self) -> None:
-        """`generate` is through."""
-        self._show(self._stops.finish())
-
-    def should_stop(self, input_ids: Any, *_: Any, **__: Any) -> Any:
-        """A transformers stopping criterion: true for every row once a stop string was seen or the client left."""
-        return input_ids.new_full((input_ids.shape[0],), self._finished or self.cancelled.is_set(), dtype=bool)
-
-    def done(self, prompt_tokens: int) -> Done:
-        """The end event with its exact counts."""
-        prefill, decode = self.first_token_at - self.started_at, time.perf_counter() - self.first_token_at
-        return Done("stop" if self._finished else "length", prompt_tokens, self._count, prefill, decode)
+        likeliest = zip(tokens.tolist(), values.tolist(), strict=True)
+        top = tuple(_token_logprob(self._tokenizer, *each) for each in likeliest)
+        return (_token_logprob(self._tokenizer, token, float(self._likely[token]), top),)
 
 
 def _token_logprob(tokenizer: Any, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-    data = _token_bytes(tokenizer, token)
-    return TokenLogprob(data.decode(errors="replace"), max(logprob, -9999.0), data, top)
-
-
-def _token_bytes(tokenizer: Any, token: int) -> bytes:
-    """The bytes of one token, which may be half a character: letters in GPT-2's way, <0xE2> in SentencePiece's."""
+    """One entry; half a character has its byte from the token's name, GPT-2's letters or SentencePiece's <0xE2>."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    piece = tokenizer.convert_ids_to_tokens(token) or ""
+    piece, data = tokenizer.convert_ids_to_tokens(token) or "", tokenizer.decode([token]).encode()
     if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
-        return bytes([int(piece[3:5], 16)])
-    plain = tokenizer.decode([token])
-    if "\ufffd" not in plain:
-        return str(plain).encode()
-    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
-    return bytes(letters[letter] for letter in piece) if set(piece) <= letters.keys() else str(plain).encode()
-
-
-def _incremental_decoder(tokenizer: Any) -> Callable[[int], str | None]:
-    """A function from the next token to the text it completes, in constant time; never half a character."""
-    backend = getattr(tokenizer, "_tokenizer", None)
-    if backend is not None:
-        from tokenizers.decoders import DecodeStream
-
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token: stream.step(backend, token)
-    tokens: list[int] = []
-    shown = ""
-
-    def decode_all(token: int) -> str | None:
-        nonlocal shown
-        tokens.append(token)
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if text.endswith("\ufffd"):
-            return None
-        new, shown = text[len(shown) :], text
-        return str(new)
-
-    return decode_all
+        data = bytes([int(piece[3:5], 16)])
+    elif "\ufffd".encode() in data:
+        letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+        data = bytes(letters[letter] for letter in piece) if set(piece) <= letters.keys() else data
+    return TokenLogprob(data.decode(errors="replace"), max(logprob, -9999.0), data, top)
 
 
 class TransformersEngine(Engine):
@@ -1421,64 +1383,46 @@ class TransformersEngine(Engine):
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin  # noqa: F401  (the same)
 
     async def load(self, spec: EngineSpec, phase: Callable[[str], None]) -> EngineInfo:
-        """Load tokenizer and model; memory is cleaned before, and again when the load fails."""
+        """Load on the idle loop, and keep the model's own sampling and end tokens out of `generate`."""
         await self.prepare()
+        import torch
+        from transformers import AutoTokenizer, GenerationConfig
+
         phase("imports")
-        info = await asyncio.to_thread(self._load, spec)
+        torch.set_num_threads(spec.threads)
+        self._gate = StepGate()
+        self._threads = ThreadPoolExecutor(max_workers=spec.parallel, thread_name_prefix="generate")
+        granted = self.RUNS_FOREIGN_CODE and spec.trust_remote_code
+        self._tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=granted, local_files_only=True)
+        self._model = model = self._load_model(spec.path, granted, **_loading_arguments(spec.quantization))
         phase("weights")
-        return info
+        if model.config.is_encoder_decoder or not model.can_generate():
+            raise RungRefused("an encoder-decoder model, or none that generates: a causal language model is needed")
+        config, own = model.config.get_text_config(), model.generation_config
+        ends = own.eos_token_id if own.eos_token_id is not None else config.eos_token_id
+        ends = [*(ends if isinstance(ends, list) else [ends]), self._tokenizer.eos_token_id]
+        self._end_tokens = frozenset(end for end in ends if end is not None)
+        self._defaults = {**DEFAULT_SAMPLING, **_sampling_of(own.to_dict())}
+        model.generation_config = GenerationConfig(pad_token_id=0)  # `generate` wants one, and a single row uses none
+        self._context_length = int(getattr(config, "max_position_embeddings", 0) or MAX_CONTEXT_LENGTH)
+        stored = (model.config.to_dict().get("quantization_config") or {}).get("quant_method") or "none"
+        return EngineInfo(
+            quantization=spec.quantization if spec.quantization != "none" else str(getattr(stored, "value", stored)),
+            context_length=self._context_length,
+            options=self.OPTIONS,
+            parameter_count=int(model.num_parameters()),
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+        )
+
+    def _load_model(self, path: str, granted: bool, **arguments: Any) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=granted, local_files_only=True, **arguments)
 
     async def pulse(self) -> None:
         """A turn at the gate comes when the steps of the others go on."""
         await asyncio.to_thread(self._gate.pass_through)
-
-    def _load(self, spec: EngineSpec) -> EngineInfo:
-        import torch
-        from transformers import AutoTokenizer
-
-        torch.set_num_threads(spec.threads)
-        self._gate = StepGate()
-        self._threads = ThreadPoolExecutor(max_workers=spec.parallel, thread_name_prefix="generate")
-        _free_memory()
-        try:
-            granted = self.RUNS_FOREIGN_CODE and spec.trust_remote_code
-            self._tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=granted, local_files_only=True)
-            self._model = self._load_model(spec, _loading_arguments(spec.quantization))
-        except BaseException:
-            _free_memory()
-            raise
-        return self._describe(spec)
-
-    def _load_model(self, spec: EngineSpec, arguments: Json) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_pretrained(
-            spec.path, trust_remote_code=False, local_files_only=True, **arguments
-        )
-
-    def _describe(self, spec: EngineSpec) -> EngineInfo:
-        """Take the model's own sampling defaults and end tokens out of `generate`, which would mix them in."""
-        from transformers import GenerationConfig
-
-        if getattr(self._model.config, "is_encoder_decoder", False):
-            raise RungRefused("an encoder-decoder model, where a causal language model is needed")
-        config, own = self._model.config.get_text_config(), self._model.generation_config
-        ends = own.eos_token_id if own.eos_token_id is not None else config.eos_token_id
-        listed = ends if isinstance(ends, list) else [ends]
-        known = [end for end in [*listed, self._tokenizer.eos_token_id] if end is not None]
-        self._end_tokens = frozenset(known)
-        self._defaults = {**DEFAULT_SAMPLING, **_sampling_of(own.to_dict())}
-        pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else next(iter(known), 0)
-        self._model.generation_config = GenerationConfig(pad_token_id=pad)
-        self._context_length = int(getattr(config, "max_position_embeddings", 0) or MAX_CONTEXT_LENGTH)
-        return EngineInfo(
-            quantization=spec.quantization if spec.quantization != "none" else _stored_quantization(self._model.config),
-            context_length=self._context_length,
-            options=self.OPTIONS,
-            parameter_count=int(self._model.num_parameters()),
-            dtype=str(self._model.dtype).removeprefix("torch."),
-            device=str(self._model.device),
-        )
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
         """Render in a thread, then generate in another; leaving cancels within a step."""
@@ -1500,39 +1444,36 @@ class TransformersEngine(Engine):
 
         messages = list(map(msgspec.structs.asdict, request.messages))
         template = None if self._tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
+        options = {"chat_template": template, "add_generation_prompt": True, "return_dict": False}
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                messages, chat_template=template, add_generation_prompt=True, return_dict=True
-            )
+            return list(self._tokenizer.apply_chat_template(messages, **options))
         except TemplateError as error:
             raise BadRequest(f"The model's chat template refuses these messages: {error}") from error
-        return [int(token) for token in rendered["input_ids"]]
 
     def _answer(self, sampling: Sampling, prompt: list[int], room: int, tokens: TokenStream) -> None:
         """One generation, on a thread of its own, a step at a time."""
-        with self._gate:
-            tokens.started_at = tokens.first_token_at = time.perf_counter()
-            if room > 0 and not tokens.cancelled.is_set():
-                self._generate(sampling, prompt, room, tokens)
-        tokens.emit(tokens.done(len(prompt)))
-
-    def _generate(self, sampling: Sampling, prompt: list[int], room: int, tokens: TokenStream) -> None:
         import torch
-        from transformers import StoppingCriteriaList
 
-        ids = torch.tensor([prompt], device=self._model.device)
-        ends = None if sampling.ignore_eos else sorted(self._end_tokens) or None
-        self._model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            eos_token_id=ends,
-            min_new_tokens=min(sampling.min_tokens or 0, room) if ends else None,
-            max_new_tokens=room,
-            do_sample=False,
-            logits_processor=[tokens.see_logits, *_logits_processors({**self._defaults, **sampling.chosen()})],
-            stopping_criteria=StoppingCriteriaList([tokens.should_stop]),
-            streamer=tokens,
-        )
+        with self._gate:
+            began = time.perf_counter()
+            if room > 0 and not tokens.cancelled.is_set():
+                ids = torch.tensor([prompt], device=self._model.device)
+                options = {**self._defaults, **sampling.chosen()}
+                self._model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    eos_token_id=sorted(tokens.end_tokens) or None,
+                    min_new_tokens=min(sampling.min_tokens or 0, room),
+                    max_new_tokens=room,
+                    do_sample=False,
+                    logits_processor=[tokens.see_logits, *_logits_processors(options, ids.device)],
+                    stopping_criteria=[tokens.should_stop],
+                    streamer=tokens,
+                )
+        ended = time.perf_counter()
+        first = tokens.first_token_at or ended
+        reason: FinishReason = "stop" if tokens.finished else "length"
+        tokens.emit(Done(reason, len(prompt), tokens.count, first - began, ended - first))
 
 
 class PipelineEngine(TransformersEngine):
@@ -1540,43 +1481,17 @@ class PipelineEngine(TransformersEngine):
 
     RUNS_FOREIGN_CODE = True
 
-    def _load_model(self, spec: EngineSpec, arguments: Json) -> Any:
+    def _load_model(self, path: str, granted: bool, **arguments: Any) -> Any:
         from transformers import pipeline
 
-        self._pipeline = pipeline(
+        return pipeline(
             "text-generation",
-            model=spec.path,
+            model=path,
             tokenizer=self._tokenizer,
-            trust_remote_code=spec.trust_remote_code,
+            trust_remote_code=granted,
             dtype=arguments.pop("dtype"),
             model_kwargs=arguments,  # as a direct argument the pipeline would lose the quantization
-        )
-        return self._pipeline.model
-
-    def _describe(self, spec: EngineSpec) -> EngineInfo:
-        """A model whose code has no `generate` of transformers' kind is called whole, without sampling options."""
-        from transformers import GenerationMixin
-
-        info = super()._describe(spec)
-        self._steps = isinstance(self._model, GenerationMixin)
-        return info if self._steps else msgspec.structs.replace(info, options=("max_tokens", "context_length", "stop"))
-
-    def _generate(self, sampling: Sampling, prompt: list[int], room: int, tokens: TokenStream) -> None:
-        if self._steps:
-            super()._generate(sampling, prompt, room, tokens)
-            return
-        result = self._pipeline(self._tokenizer.decode(prompt), max_new_tokens=room, return_full_text=False)
-        answer = _extract_text_from_pipeline_result(result)
-        tokens.take_whole(answer, len(self._tokenizer.encode(answer)))
-
-
-def _free_memory() -> None:
-    """Collect garbage and give cached device memory back: before a load, and after a failed one."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.synchronize()
+        ).model
 
 
 def _cpu_has_bfloat16() -> bool:
@@ -1601,12 +1516,6 @@ def _loading_arguments(quantization: str) -> Json:
     return arguments
 
 
-def _stored_quantization(config: Any) -> str:
-    """The quantization that the files themselves carry (awq, gptq, ...), or none."""
-    method = (config.to_dict().get("quantization_config") or {}).get("quant_method")
-    return str(getattr(method, "value", method) or "none")
-
-
 def _sampling_of(generation_config: Mapping[str, Any]) -> Json:
     """What a model's generation_config.json says about sampling, in our names."""
     names = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "typical_p")}
@@ -1614,62 +1523,46 @@ def _sampling_of(generation_config: Mapping[str, Any]) -> Json:
     return {ours: generation_config[name] for name, ours in names.items() if generation_config.get(name) is not None}
 
 
-def _logits_processors(sampling: Mapping[str, Any]) -> Iterator[Any]:
-    """transformers' own warpers for one request, then a choice by the request's own seed."""
+def _logits_processors(sampling: Mapping[str, Any], device: Any) -> Iterator[Any]:
+    """What changes the scores of one request, in order: penalties, transformers' own warpers, a choice by its seed."""
+    import torch
     from transformers import generation
 
-    yield _Penalties(sampling)
+    yield functools.partial(_penalize, sampling)
     if bias := sampling.get("logit_bias"):
         yield generation.SequenceBiasLogitsProcessor([[[token], float(at)] for token, at in bias.items()])
-    if sampling["temperature"] > 0:
-        yield generation.TemperatureLogitsWarper(float(sampling["temperature"]))
-        for name, warper, off in (
-            ("top_k", lambda value: generation.TopKLogitsWarper(int(value)), math.inf),
-            ("typical_p", generation.TypicalLogitsWarper, 1),
-            ("top_p", generation.TopPLogitsWarper, 1),
-            ("min_p", generation.MinPLogitsWarper, math.inf),
-        ):
-            if 0 < (sampling.get(name) or 0) < off:
-                yield warper(sampling[name])
-        yield _SeededChoice(sampling.get("seed"))
+    if sampling["temperature"] <= 0:
+        return
+    yield generation.TemperatureLogitsWarper(float(sampling["temperature"]))
+    for name, warper, off in (
+        ("top_k", generation.TopKLogitsWarper, math.inf),
+        ("typical_p", generation.TypicalLogitsWarper, 1),
+        ("top_p", generation.TopPLogitsWarper, 1),
+        ("min_p", generation.MinPLogitsWarper, math.inf),
+    ):
+        if 0 < (sampling.get(name) or 0) < off:
+            yield warper(sampling[name])
+    seed = sampling["seed"] & (2**63 - 1) if sampling.get("seed", -1) >= 0 else secrets.randbits(63)
+    yield functools.partial(_draw, torch.Generator(device=device).manual_seed(seed))
 
 
-class _Penalties:
+def _penalize(sampling: Mapping[str, Any], input_ids: Any, scores: Any) -> Any:
     """llama.cpp's repeat, presence and frequency penalties over the last `repeat_last_n` tokens (-1: all)."""
-
-    def __init__(self, sampling: Mapping[str, Any]) -> None:
-        self._repeat = sampling.get("repeat_penalty") or 1.0
-        self._presence, self._frequency = sampling.get("presence_penalty", 0.0), sampling.get("frequency_penalty", 0.0)
-        self._last = sampling.get("repeat_last_n", 64)
-        self._active = (self._repeat, self._presence, self._frequency) != (1.0, 0.0, 0.0) and self._last != 0
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        if not self._active:
-            return scores
-        recent = input_ids[0] if self._last < 0 else input_ids[0, -self._last :]
-        tokens, counts = recent.unique(return_counts=True)
-        scores = scores.float()
-        logits = scores[0, tokens]
-        logits = logits.where(logits <= 0, logits / self._repeat).where(logits > 0, logits * self._repeat)
-        scores[0, tokens] = logits - self._presence - self._frequency * counts
+    repeat, last = sampling.get("repeat_penalty") or 1.0, sampling.get("repeat_last_n", 64)
+    presence, frequency = sampling.get("presence_penalty", 0.0), sampling.get("frequency_penalty", 0.0)
+    if (repeat, presence, frequency) == (1.0, 0.0, 0.0) or last == 0:
         return scores
+    tokens, counts = input_ids[0, -last if last > 0 else 0 :].unique(return_counts=True)
+    logits = scores[0, tokens]
+    logits = (logits / repeat).where(logits > 0, logits * repeat)
+    scores[0, tokens] = logits - presence - frequency * counts
+    return scores
 
 
-class _SeededChoice:
-    """Draws the next token with a generator of the request's own and leaves no other, so `generate` stays greedy."""
-
-    def __init__(self, seed: int | None) -> None:
-        self._seed = seed & (2**63 - 1) if seed is not None and seed >= 0 else secrets.randbits(63)
-        self._generator: Any = None
-
-    def __call__(self, _: Any, scores: Any) -> Any:
-        import torch
-
-        if self._generator is None:
-            self._generator = torch.Generator(device=scores.device)
-            self._generator.manual_seed(self._seed)
-        chosen = torch.multinomial(torch.softmax(scores.float(), dim=-1), 1, generator=self._generator)
-        return torch.full_like(scores, float("-inf")).scatter(-1, chosen, 0.0)
+def _draw(generator: Any, _: Any, scores: Any) -> Any:
+    """Choose the next token with the request's own generator and leave no other, so `generate` stays greedy."""
+    chosen = scores.softmax(-1).multinomial(1, generator=generator)
+    return scores.new_full(scores.shape, -math.inf).scatter(-1, chosen, 0.0)
 
 
 class VLLMEngine(Engine):
