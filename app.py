@@ -1097,7 +1097,7 @@ def completion_room(prompt_tokens: int, context_length: int, sampling: Sampling)
     limit = min(context_length, sampling.context_length or context_length)
     if prompt_tokens > limit:
         raise ContextLengthExceeded(
-            f"The prompt has {prompt_tokens} tokens, but the context holds {limit}: shorten the conversation."
+            f"The prompt has {prompt_tokens} tokens, but the context holds {limit}: shorten it."
         )
     room, asked = limit - prompt_tokens, sampling.max_tokens
     return room if asked is None or asked < 0 else min(asked, room)
@@ -1108,14 +1108,14 @@ class ThreadStream:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._events: asyncio.Queue[Any] = asyncio.Queue()
         self.cancelled = threading.Event()
 
-    def emit(self, event: Event) -> None:
-        """Hand one event to the loop."""
+    def emit(self, event: Any) -> None:
+        """Hand one event to the loop, or what events are made of."""
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-    async def events(self, pool: ThreadPoolExecutor, work: Callable[[], None]) -> AsyncGenerator[Event, None]:
+    async def events(self, pool: ThreadPoolExecutor, work: Callable[[], None]) -> AsyncGenerator[Any, None]:
         """Run `work` on a thread and yield what it emits; leaving sets `cancelled` for it to see."""
         running = self._loop.run_in_executor(pool, work)
         running.add_done_callback(lambda _: self._events.put_nowait(None))
@@ -1128,69 +1128,13 @@ class ThreadStream:
             running.cancel()
 
 
-class LlamaCppStream(ThreadStream):
-    """One request to llama.cpp: turns its chunks into events, and says when it should stop."""
-
-    def __init__(self, sampling: Sampling, context_length: int) -> None:
-        super().__init__()
-        self._sampling = sampling
-        self._context_length = context_length
-        self._prompt_tokens = self._room = -1
-        self.error: ServerError | None = None
-
-    def take(self, chunk: Json) -> bool:
-        """Take one chunk on llama.cpp's thread; true ends the request. Never raises: the caller is native code."""
-        try:
-            if "error" in chunk:
-                raise self._error_of(chunk["error"])
-            return self._read(chunk) or self.cancelled.is_set()
-        except ServerError as error:
-            self.error = error
-        except (KeyError, TypeError) as error:
-            self.error = EngineFailed(f"llama.cpp sent a chunk of a form that is not known: {error!r}")
-        return True
-
-    def _error_of(self, error: Json) -> ServerError:
-        if "n_prompt_tokens" in error:
-            completion_room(error["n_prompt_tokens"], min(self._context_length, error["n_ctx"]), self._sampling)
-        if error.get("code") == 400 and (shape := self._sampling.shape()):
-            return BadRequest(f"Field '{shape}': llama.cpp cannot use it: {error.get('message')}")
-        message = f"llama.cpp: {error.get('message', 'unknown error')}"
-        return BadRequest(message) if error.get("code") == 400 else EngineFailed(message)
-
-    def _read(self, chunk: Json) -> bool:
-        if self._prompt_tokens < 0:
-            self._prompt_tokens = chunk["prompt_progress"]["total"]
-            self._room = completion_room(self._prompt_tokens, self._context_length, self._sampling)
-            self.emit(Started(self._prompt_tokens))
-        for choice in chunk["choices"]:
-            entries = (choice.get("logprobs") or {}).get("content") or ()
-            logprobs = _read_logprobs(entries, self._sampling.logprobs or 0)
-            if (text := choice["delta"].get("content")) or logprobs:
-                self.emit(Text(text or "", logprobs))
-            reason = choice["finish_reason"]
-            if reason is None and chunk.get("timings", {}).get("predicted_n", 0) >= self._room:
-                reason = "length"  # the context is full; max_tokens itself is llama.cpp's to count
-            if reason is not None:
-                return self._finish("length" if reason == "length" else "stop", chunk["timings"])
-        return False
-
-    def _finish(self, reason: Literal["stop", "length"], timings: Json) -> bool:
-        prefill, decode = timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000
-        cached = timings.get("cache_n", 0)
-        self.emit(Done(reason, self._prompt_tokens, timings["predicted_n"], prefill, decode, cached_tokens=cached))
-        return True
-
-
 def _read_logprobs(entries: Iterable[Json], alternatives: int) -> tuple[TokenLogprob, ...]:
     """llama.cpp spells log-probabilities as chat protocols do: a list with one entry a token."""
-    return tuple(
-        TokenLogprob(
-            one["token"], one["logprob"], bytes(one["bytes"] or ()),
-            _read_logprobs(one.get("top_logprobs", ())[:alternatives], 0),
-        )
-        for one in entries
-    )  # fmt: skip
+    found = []
+    for one in entries:
+        top = _read_logprobs(one.get("top_logprobs", ())[:alternatives], 0)
+        found.append(TokenLogprob(one["token"], one["logprob"], bytes(one["bytes"] or ()), top))
+    return tuple(found)
 
 
 class LlamaCppEngine(Engine):
@@ -1203,8 +1147,7 @@ class LlamaCppEngine(Engine):
         """Start llama.cpp's server on the file."""
         import xllamacpp
 
-        self._stops = PLAIN_TEMPLATE_STOP if spec.chat_template == PLAIN_CHAT_TEMPLATE else ()
-        self._context_length = spec.context_length
+        self._spec = spec
         self._threads = ThreadPoolExecutor(max_workers=8 * spec.parallel, thread_name_prefix="llama.cpp")
         try:
             self._server = await asyncio.to_thread(xllamacpp.Server, self._parameters(xllamacpp, spec))
@@ -1226,44 +1169,68 @@ class LlamaCppEngine(Engine):
         params.api_keys = [secrets.token_hex(16)]  # its own loopback port stays unused
         params.ui = params.endpoint_slots = False
         params.verbosity = 1
-        if spec.chat_template is not None:
-            params.chat_template = spec.chat_template
+        params.chat_template = spec.chat_template or ""  # without one the file's own
         return params
 
-    def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
         """Hand the conversation to llama.cpp, which renders, tokenizes, checks the length and generates."""
-        one = LlamaCppStream(request.sampling, self._context_length)
-        return one.events(self._threads, functools.partial(self._generate, request, one))
+        sampling, thread = request.sampling, ThreadStream()
 
-    def _generate(self, request: ChatRequest, one: LlamaCppStream) -> None:
-        try:
-            self._server.handle_chat_completions(self._body(request), one.take)
-        except ValueError as error:  # what the binding makes of llama.cpp's refusals before the first chunk
-            raise BadRequest(f"Field '{request.sampling.shape() or 'messages'}': llama.cpp: {error}") from error
-        if one.error is not None:
-            raise one.error
+        def take(chunk: Json) -> bool:  # called on llama.cpp's thread; true ends the request
+            thread.emit(chunk)
+            return thread.cancelled.is_set()
+
+        def work() -> None:
+            try:
+                self._server.handle_chat_completions(self._body(request), take)
+            except ValueError as error:  # what the binding makes of llama.cpp's refusals before the first chunk
+                raise BadRequest(f"Field '{sampling.shape() or 'messages'}': llama.cpp: {error}") from error
+
+        prompt_tokens = room = -1
+        async with aclosing(thread.events(self._threads, work)) as chunks:
+            async for chunk in chunks:
+                if "error" in chunk:
+                    raise self._error_of(chunk["error"], sampling)
+                if prompt_tokens < 0:
+                    prompt_tokens = chunk["prompt_progress"]["total"]
+                    room = completion_room(prompt_tokens, self._spec.context_length, sampling)
+                    yield Started(prompt_tokens)
+                choice, timings = chunk["choices"][0], chunk.get("timings", {})
+                logprobs = _read_logprobs((choice.get("logprobs") or {}).get("content") or (), sampling.logprobs or 0)
+                if (text := choice["delta"].get("content")) or logprobs:
+                    yield Text(text or "", logprobs)
+                full = timings.get("predicted_n", 0) >= room  # the context; max_tokens itself is llama.cpp's to count
+                if (reason := choice["finish_reason"]) is not None or full:
+                    ending: FinishReason = "length" if reason in ("length", None) else "stop"
+                    counts = prompt_tokens, timings["predicted_n"]
+                    times = timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000
+                    yield Done(ending, *counts, *times, cached_tokens=timings.get("cache_n", 0))
+                    return
+
+    def _error_of(self, error: Json, sampling: Sampling) -> ServerError:
+        if "n_prompt_tokens" in error:
+            completion_room(error["n_prompt_tokens"], min(self._spec.context_length, error["n_ctx"]), sampling)
+        message = f"llama.cpp: {error.get('message', 'unknown error')}"
+        if error.get("code") != 400:
+            return EngineFailed(message)
+        shape = sampling.shape()
+        return BadRequest(f"Field '{shape}': {message}" if shape else message)
 
     def _body(self, request: ChatRequest) -> Json:
+        """The request in llama.cpp's terms; a wanted shape of the answer is a schema, or a grammar in GBNF."""
         chosen = {**DEFAULT_SAMPLING, **request.sampling.chosen()}
-        chosen.pop("context_length", None)
-        chosen["n_predict"] = chosen.pop("max_tokens", -1)
-        chosen["stop"] = [*chosen.pop("stop", ()), *self._stops]
+        if self._spec.chat_template == PLAIN_CHAT_TEMPLATE:
+            chosen["stop"] = [*chosen.get("stop", ()), *PLAIN_TEMPLATE_STOP]
         if chosen.get("repeat_last_n", 0) < 0:  # "all" is -1 in Ollama, which llama.cpp refuses
-            chosen["repeat_last_n"] = self._context_length
+            chosen["repeat_last_n"] = self._spec.context_length
         if "logprobs" in chosen:
             chosen["top_logprobs"], chosen["logprobs"] = max(1, chosen["logprobs"]), True  # with 0 it gives none at all
-        if "logit_bias" in chosen:
-            chosen["logit_bias"] = list(chosen["logit_bias"].items())
-        self._constrain(chosen)
-        chosen |= {"return_progress": True, "timings_per_token": True, "reasoning_format": "none", "stream": True}
-        return {**chosen, "messages": list(map(msgspec.structs.asdict, request.messages))}
-
-    def _constrain(self, chosen: Json) -> None:
-        """Turn a wanted shape of the answer into llama.cpp's own: a schema, or a grammar in GBNF."""
         if (wanted := chosen.pop("format", None)) is not None:
             chosen["json_schema"] = {"type": "object"} if wanted == "json" else wanted
-        if (choices := chosen.pop("choice", None)) is not None:
+        if choices := chosen.pop("choice", None):
             chosen["grammar"] = "root ::= " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+        chosen |= {"return_progress": True, "timings_per_token": True, "reasoning_format": "none", "stream": True}
+        return {**chosen, "messages": list(map(msgspec.structs.asdict, request.messages))}
 
 
 class StepGate:
@@ -1579,14 +1546,16 @@ class VLLMEngine(Engine):
 
     async def prepare(self) -> None:
         """Import the front end, and for a core that will be forked its side too."""
+        from vllm.platforms import current_platform
         from vllm.v1.engine import async_llm  # noqa: F401  (imported for its time only)
 
-        for module in self.CORE_MODULES if _vllm_device() == "cuda" else ():
+        for module in self.CORE_MODULES if current_platform.device_type == "cuda" else ():
             with suppress(ImportError):  # their places differ between versions of vLLM; the core finds its own
                 importlib.import_module(module)
 
     async def load(self, spec: EngineSpec, phase: Callable[[str], None]) -> EngineInfo:
         """Configure, start, and watch the engine core. This blocks the loop: a fork wants no other thread at work."""
+        from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -1611,7 +1580,7 @@ class VLLMEngine(Engine):
             context_length=model.max_model_len,
             options=self.OPTIONS,
             dtype=str(model.dtype).removeprefix("torch."),
-            device=_vllm_device(),
+            device=str(current_platform.device_type),
             can_sleep=arguments.enable_sleep_mode,
             adapters=True,
         )
@@ -1621,7 +1590,7 @@ class VLLMEngine(Engine):
         from vllm import AsyncEngineArgs
         from vllm.platforms import current_platform
 
-        on_cpu = _vllm_device() == "cpu"
+        on_cpu = current_platform.device_type == "cpu"
         arguments: Json = {
             "model": spec.path,
             "served_model_name": [spec.model],
@@ -1638,11 +1607,11 @@ class VLLMEngine(Engine):
             "enforce_eager": on_cpu,
             "enable_sleep_mode": current_platform.is_sleep_mode_available(),
             "trust_remote_code": spec.trust_remote_code,
+            "enable_lora": spec.adapter_rank > 0,
+            "max_lora_rank": spec.adapter_rank or 16,  # vLLM's own default
         }
-        if spec.adapter_rank:
-            arguments |= {"enable_lora": True, "max_lora_rank": spec.adapter_rank}
         try:
-            return AsyncEngineArgs(**{**arguments, **spec.overrides})
+            return AsyncEngineArgs(**arguments | spec.overrides)
         except TypeError as error:
             raise Misconfigured(f"The vllm table of {spec.model} in models.toml: {error}") from error
 
@@ -1667,7 +1636,15 @@ class VLLMEngine(Engine):
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
         """Render, check the length, generate deltas; closing this iterator aborts the request in vLLM."""
-        prompt = await self._render(request)
+        from vllm.renderers import ChatParams, TokenizeParams
+
+        messages = list(map(msgspec.structs.asdict, request.messages))
+        template = {"add_generation_prompt": True, "continue_final_message": False, "tokenize": False}
+        chat = ChatParams(chat_template=self._chat_template, chat_template_kwargs=template)
+        unlimited = TokenizeParams(max_total_tokens=None, add_special_tokens=False)
+        async with _vllm_errors("The model's chat template refuses these messages"):
+            # vLLM's own renderer also knows models that have no Jinja template
+            _, [prompt] = await self._engine.renderer.render_chat_async([messages], chat, unlimited)
         prompt_tokens = len(prompt["prompt_token_ids"])
         room = completion_room(prompt_tokens, self._engine.model_config.max_model_len, request.sampling)
         if room == 0:
@@ -1689,44 +1666,34 @@ class VLLMEngine(Engine):
                     raise EngineFailed(f"vLLM ended the request with {completion.finish_reason}.")
                 if completion.finish_reason is not None:
                     reason: FinishReason = "length" if completion.finish_reason == "length" else "stop"
-                    prefill, decode = first - began, time.perf_counter() - first
-                    cached = output.num_cached_tokens or 0
-                    yield Done(reason, prompt_tokens, tokens, prefill, decode, cached_tokens=cached)
+                    times = first - began, time.perf_counter() - first
+                    yield Done(reason, prompt_tokens, tokens, *times, cached_tokens=output.num_cached_tokens or 0)
 
     async def _outputs(self, prompt: Any, request: ChatRequest, room: int) -> Any:
-        sampling, adapter = self._sampling(request.sampling, room), await self._adapter(request)
-        return self._engine.generate(prompt, sampling, secrets.token_hex(8), lora_request=adapter)
-
-    def _logprobs(self, completion: Any, alternatives: int) -> tuple[TokenLogprob, ...]:
-        """One entry a token; vLLM lists the chosen token with its likeliest alternatives, whatever its own rank."""
-        if not completion.logprobs:
-            return ()
-        tokenizer = self._engine.get_tokenizer()
-        entries = []
-        for chosen, likely in zip(completion.token_ids, completion.logprobs, strict=False):
-            ranked = sorted(likely.items(), key=lambda item: -item[1].logprob)[:alternatives]
-            top = tuple(_token_logprob(tokenizer, token, one.logprob) for token, one in ranked)
-            entries.append(_token_logprob(tokenizer, chosen, likely[chosen].logprob, top))
-        return tuple(entries)
-
-    async def _render(self, request: ChatRequest) -> Any:
-        """The chat template by vLLM's renderer, which also knows models that have no Jinja template."""
-        from vllm.renderers import ChatParams, TokenizeParams
-
-        messages = list(map(msgspec.structs.asdict, request.messages))
-        template = {"add_generation_prompt": True, "continue_final_message": False, "tokenize": False}
-        chat = ChatParams(chat_template=self._chat_template, chat_template_kwargs=template)
-        unlimited = TokenizeParams(max_total_tokens=None, add_special_tokens=False)
-        async with _vllm_errors("The model's chat template refuses these messages"):
-            _, prompts = await self._engine.renderer.render_chat_async([messages], chat, unlimited)
-        return prompts[0]
-
-    async def _adapter(self, request: ChatRequest) -> Any:
-        """vLLM's handle of the LoRA adapter that the request names, or None; it is loaded before anything computes."""
+        """vLLM's stream of outputs for a rendered prompt, in deltas; before anything computes the adapter is loaded."""
         from vllm.lora.request import LoRARequest
+        from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-        path = request.adapter
-        if path and path not in self._adapters:
+        chosen, shape, structure = {**self._defaults, **request.sampling.chosen()}, request.sampling.shape(), None
+        if chosen.get("format") == "json":
+            structure = StructuredOutputsParams(json_object=True)
+        elif shape:  # the only one: a request with two is refused
+            wanted = list(chosen[shape]) if shape == "choice" else chosen[shape]
+            structure = StructuredOutputsParams(**{"json" if shape == "format" else shape: wanted})
+        same = ("temperature", "min_p", "ignore_eos", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs")
+        sampling = SamplingParams(
+            **{name: chosen[name] for name in same if name in chosen},
+            max_tokens=room,
+            min_tokens=min(chosen.get("min_tokens", 0), room),
+            top_p=chosen["top_p"] or 1.0,
+            top_k=max(0, chosen["top_k"]),
+            seed=chosen["seed"] if chosen.get("seed", -1) >= 0 else None,
+            stop=[*chosen.get("stop", ()), *(PLAIN_TEMPLATE_STOP if self._chat_template else ())],
+            repetition_penalty=chosen.get("repeat_penalty", 1.0),
+            structured_outputs=structure,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        if (path := request.adapter) and path not in self._adapters:
             adapter = LoRARequest(request.model, len(self._adapters) + 1, path)
             try:
                 await self._engine.add_lora(adapter)
@@ -1736,39 +1703,16 @@ class VLLMEngine(Engine):
                 text = f"vLLM cannot apply the adapter {request.model}: its files do not fit the base."
                 raise BadRequest(text) from error  # vLLM's own words have paths in them
             self._adapters[path] = adapter
-        return self._adapters[path] if path else None
+        return self._engine.generate(prompt, sampling, secrets.token_hex(8), lora_request=self._adapters.get(path))
 
-    def _sampling(self, sampling: Sampling, room: int) -> Any:
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
-
-        chosen = {**self._defaults, **sampling.chosen()}
-        stops = [*chosen.get("stop", ()), *(PLAIN_TEMPLATE_STOP if self._chat_template else ())]
-        same = ("temperature", "min_p", "ignore_eos", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs")
-        return SamplingParams(
-            **{name: chosen[name] for name in same if name in chosen},
-            max_tokens=room,
-            min_tokens=min(chosen.get("min_tokens", 0), room),
-            top_p=chosen["top_p"] or 1.0,
-            top_k=max(0, chosen["top_k"]),
-            seed=chosen["seed"] if chosen.get("seed", -1) >= 0 else None,
-            stop=stops,
-            repetition_penalty=chosen.get("repeat_penalty", 1.0),
-            structured_outputs=_vllm_structure(chosen),
-            output_kind=RequestOutputKind.DELTA,
-        )
-
-
-def _vllm_structure(chosen: Mapping[str, Any]) -> Any:
-    """The wanted shape of the answer in vLLM's terms, or None."""
-    from vllm.sampling_params import StructuredOutputsParams
-
-    if chosen.get("format") == "json":
-        return StructuredOutputsParams(json_object=True)
-    names = {"format": "json", "regex": "regex", "choice": "choice", "grammar": "grammar"}
-    given = {name: chosen[ours] for ours, name in names.items() if ours in chosen}
-    if "choice" in given:
-        given["choice"] = list(given["choice"])
-    return StructuredOutputsParams(**given) if given else None
+    def _logprobs(self, completion: Any, alternatives: int) -> tuple[TokenLogprob, ...]:
+        """One entry a token; vLLM lists the chosen token with its likeliest alternatives, whatever its own rank."""
+        tokenizer, entries = self._engine.get_tokenizer(), []
+        for chosen, likely in zip(completion.token_ids, completion.logprobs or (), strict=False):
+            ranked = sorted(likely.items(), key=lambda item: -item[1].logprob)[:alternatives]
+            top = tuple(_token_logprob(tokenizer, token, one.logprob) for token, one in ranked)
+            entries.append(_token_logprob(tokenizer, chosen, likely[chosen].logprob, top))
+        return tuple(entries)
 
 
 @asynccontextmanager
@@ -1783,12 +1727,6 @@ async def _vllm_errors(refusal: str) -> AsyncIterator[None]:
         raise BadRequest(f"{refusal}: {_first_sentence(error)}") from error
     except EngineDeadError as error:
         raise EngineDied("The engine's core ended. Ask again: it loads anew.") from error
-
-
-def _vllm_device() -> str:
-    from vllm.platforms import current_platform
-
-    return str(current_platform.device_type)
 
 
 def _first_sentence(error: BaseException) -> str:
@@ -1833,53 +1771,55 @@ class EngineHost:
         self._loop = asyncio.get_running_loop()
         self._send: Callable[[Report], None] = functools.partial(write_frame, output)
         self._outbox: list[tuple[int, Event]] = []
-        self._tasks: dict[int, asyncio.Task[None]] = {}
         self._engine = engine
         self._background: set[asyncio.Task[None]] = set()
 
     def take(self, command: Command) -> None:
         """Act on one command; called on the loop."""
-        match command:
-            case Order(do, backend):
-                self._engine = self._engine or ENGINES[backend]()
-                self._run(self._obey(getattr(self._engine, do)()))
-            case Load(spec):
-                self._run(self._load(spec))
-            case Generate(id, request):
-                self._tasks[id] = self._run(self._generate(id, request))
-            case Abort(id) if id in self._tasks:
-                self._tasks[id].cancel()
+        if isinstance(command, Abort):
+            for task in self._background:
+                if task.get_name() == str(command.id):
+                    task.cancel()
+        else:
+            self._run(self._obey(command), str(command.id) if isinstance(command, Generate) else None)
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = self._loop.create_task(work)
+    def _run(self, work: Coroutine[Any, Any, None], name: str | None = None) -> None:
+        task = self._loop.create_task(work, name=name)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-        return task
 
-    async def _obey(self, work: Awaitable[None]) -> None:
-        """Do what was ordered and say how it went."""
+    async def _obey(self, command: Command) -> None:
+        """Do what was ordered and say how it went; a library's exception costs this order, not the process."""
         try:
-            await work
-            self._send(Obeyed())
+            match command:
+                case Order(do, backend):
+                    self._engine = self._engine or ENGINES[backend]()
+                    await getattr(self._engine, do)()
+                    self._send(Obeyed())
+                case Load(spec):
+                    self._began = time.perf_counter()
+                    self._engine = self._engine or ENGINES[spec.backend]()
+                    self._send(Loaded(await self._engine.load(spec, self._phase)))
+                    self._run(self._beat(self._engine))
+                case Generate(id, request):
+                    await self._generate(id, request)
         except Exception as error:  # noqa: BLE001  (boundary 2: whatever a library raises must reach the server)
-            log.exception("An order failed")
-            self._send(Obeyed(_first_sentence(error)))
+            self._flush()
+            refusal = refusal_of(error)
+            match command:
+                case Generate(id) if isinstance(error, ServerError):
+                    self._send(Failed(id, refusal.kind, refusal.message))
+                case Generate(id):
+                    told = "The engine failed on this request; the server's log says why."
+                    self._send(Failed(id, EngineFailed.kind, told, refusal.traceback))
+                case _:
+                    log.exception("%s failed", type(command).__name__)
+                    self._send(refusal if isinstance(command, Load) else Obeyed(_first_sentence(error)))
 
-    async def _load(self, spec: EngineSpec) -> None:
-        began = time.perf_counter()
-
-        def phase(name: str) -> None:
-            nonlocal began
-            self._send(Phase(name, time.perf_counter() - began))
-            began = time.perf_counter()
-
-        try:
-            self._engine = self._engine or ENGINES[spec.backend]()
-            self._send(Loaded(await self._engine.load(spec, phase)))
-            self._run(self._beat(self._engine))
-        except Exception as error:  # noqa: BLE001  (boundary 2: whatever a library raises must reach the ladder as a reason)
-            log.exception("Loading %s with %s failed", spec.model, spec.backend)
-            self._send(refusal_of(error))
+    def _phase(self, name: str) -> None:
+        now = time.perf_counter()
+        self._send(Phase(name, now - self._began))
+        self._began = now
 
     async def _beat(self, engine: Engine) -> None:
         """Say every second that this loop turns, and for how long the engine has not shown a pulse."""
@@ -1893,29 +1833,14 @@ class EngineHost:
             await asyncio.sleep(BEAT_SECONDS)
 
     async def _generate(self, id: int, request: ChatRequest) -> None:
-        """Answer one request; a library's exception costs this request, not the process."""
-        try:
-            assert self._engine is not None  # the server sends no request before Loaded
-            event: Event | None = None
-            async with aclosing(self._engine.stream(request)) as events:
-                async for event in events:
-                    self._queue(id, event)
-            if not isinstance(event, Done):  # else the server would wait for ever
-                raise EngineFailed("The engine ended the request without an answer.")
-        except Exception as error:  # noqa: BLE001  (boundary 2, for one request)
-            told, details = error, ""
-            if not isinstance(told, ServerError):
-                told = EngineFailed("The engine failed on this request; the server's log says why.")
-                details = "".join(traceback.format_exception(error))
-            self._flush()
-            self._send(Failed(id, told.kind, str(told), details))
-        finally:
-            self._tasks.pop(id, None)
-
-    def _queue(self, id: int, event: Event) -> None:
-        if not self._outbox:
-            self._loop.call_soon(self._flush)
-        self._outbox.append((id, event))
+        assert self._engine is not None  # the server sends no request before Loaded
+        event: Event | None = None
+        async with aclosing(self._engine.stream(request)) as events:
+            async for event in events:
+                self._outbox.append((id, event))
+                self._loop.call_soon(self._flush)  # the first one sends what all streams have said in this turn
+        if not isinstance(event, Done):  # else the server would wait for ever
+            raise EngineFailed("The engine ended the request without an answer.")
 
     def _flush(self) -> None:
         items, self._outbox = self._outbox, []
@@ -1933,20 +1858,15 @@ def write_frame(output: int, report: Report) -> None:
 
 def read_commands(take: Callable[[Command], None]) -> None:
     """Read frames from stdin until it closes or breaks, then end this process group: nobody is left to serve."""
-    decoder = msgspec.msgpack.Decoder(Command)
+    decoder, data = msgspec.msgpack.Decoder(Command), bytearray()
     try:
-        while len(header := _read_exactly(4)) == 4:
-            take(decoder.decode(_read_exactly(struct.unpack(">I", header)[0])))
+        while block := os.read(0, 65536):  # not by Python's reader, whose lock a fork would copy held
+            data += block
+            while len(data) >= (end := 4 + int.from_bytes(data[:4], "big")):
+                take(decoder.decode(data[4:end]))
+                del data[:end]
     finally:
         end_process_group()
-
-
-def _read_exactly(size: int) -> bytes:
-    """So many bytes of stdin, or fewer when it closes; not by Python's reader, whose lock a fork would copy held."""
-    data = b""
-    while len(data) < size and (block := os.read(0, size - len(data))):
-        data += block
-    return data
 
 
 def end_process_group() -> None:
