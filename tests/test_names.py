@@ -1,5 +1,6 @@
 """Names: what a user may type, what it means, and that nothing else ever reaches a disk or a network."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -35,7 +36,7 @@ def catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 def fresh_catalogue(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A catalogue that is read from this file."""
     monkeypatch.setattr(app, "MODELS_FILE", path)
-    monkeypatch.setattr(app, "catalogue", app._Catalogue())
+    monkeypatch.setattr(app, "catalogue", functools.cache(app.catalogue.__wrapped__))
     yield
 
 
@@ -272,7 +273,7 @@ def test_catalogue_is_read_when_first_needed(tmp_path: Path, monkeypatch: pytest
 
 def own_catalogue() -> dict[str, app.CatalogueEntry]:
     """The entries of the project's models.toml."""
-    return dict(app._Catalogue()._read().values())
+    return dict(app.catalogue.__wrapped__().values())
 
 
 def test_own_catalogue_is_sound() -> None:
@@ -403,7 +404,7 @@ def test_find_missing_model(raw: str) -> None:
 def test_a_hub_id_may_have_an_entry_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """`[models."Org/Repo".vllm]` needs no `repo`: the name says it, and a revision may be asked for."""
     entry = app.CatalogueEntry(vllm={"max_model_len": 512})
-    monkeypatch.setattr(app.catalogue, "find", lambda name: ("Org/Repo", entry))
+    monkeypatch.setattr(app, "catalogue", lambda: {"org/repo": ("Org/Repo", entry)})
     source = app.resolve_name("org/repo", "v1")
     assert (source.name, source.repo, source.revision) == ("Org/Repo", "Org/Repo", "v1")
     assert source.entry.vllm == {"max_model_len": 512}
