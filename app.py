@@ -126,24 +126,20 @@ LONGEST_SECONDS = 1e9  # thirty years: more is for ever, and no date overflows
 def parse_duration(value: str | int | float) -> float:
     """Read a duration as Ollama does: seconds, or Go's `1h30m`, `300ms`; negative means for ever. Raises ValueError."""
     text = value.strip() if isinstance(value, str) else repr(float(max(-1, min(value, 2 * LONGEST_SECONDS))))
-    match = re.fullmatch(r"([+-]?)((?:[0-9]+(?:\.[0-9]*)?(?:ns|us|µs|ms|s|m|h))+)", text)
-    if match is not None:
-        parts = re.findall(r"([0-9.]+)([a-zµ]+)", match[2])
-        seconds = sum(float(number) * DURATION_UNITS[unit] for number, unit in parts) * (-1 if match[1] == "-" else 1)
-    elif re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?", text):
-        seconds = float(text)
-    else:
+    if not re.fullmatch(r"[+-]?([0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?|([0-9]+(\.[0-9]*)?(ns|us|µs|ms|s|m|h))+)", text):
         raise ValueError("not a duration: use seconds or a form such as 5m, 1h30m, -1 for ever")
-    return FOREVER if seconds < 0 or seconds > LONGEST_SECONDS else seconds
+    parts = re.findall(r"([0-9.]+(?:e[+-]?[0-9]+)?)([a-zµ]*)", text)
+    seconds = sum(float(number) * DURATION_UNITS[unit or "s"] for number, unit in parts)
+    return FOREVER if seconds > LONGEST_SECONDS or (seconds > 0 and text.startswith("-")) else seconds
 
 
 SETTINGS: dict[str, object] = {}  # every setting by its name in the environment, for /diag; written by _read
 
 
-def _read(name: str, value: str, reader: Callable[[str], T]) -> T:
-    """Apply `reader` to a setting; a bad value ends the start with exit status 78 and names the setting."""
+def _read(name: str, value: str, kind: Any) -> Any:
+    """A setting as the type `kind`; a bad value ends the start with exit status 78 and names the setting."""
     try:
-        SETTINGS[name] = result = reader(value)
+        SETTINGS[name] = result = TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
         print(f"ai-server: setting {name}={value!r} is not valid: {reason}", file=sys.stderr)
@@ -151,68 +147,57 @@ def _read(name: str, value: str, reader: Callable[[str], T]) -> T:
     return result
 
 
-def _words(value: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in value.split(",") if word.strip())
-
-
 BEAT_SECONDS = 1.0  # how often a child says that it is alive
+Words = Annotated[tuple[str, ...], BeforeValidator(lambda text: [w.strip() for w in text.split(",") if w.strip()])]
 Count = Annotated[int, Field(ge=1, le=2**62)]
+CountOrAuto = Annotated[Count | Literal[0], BeforeValidator(lambda text: 0 if text == "auto" else text)]
+Size = Annotated[int, Field(ge=0, le=2**62)]
+Flag = Annotated[bool, BeforeValidator(lambda text: text.strip() or "0")]
+Duration = Annotated[float, BeforeValidator(parse_duration)]
 Seconds = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(parse_duration)]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(str.upper)]
-LOWER = BeforeValidator(str.lower)
-_count: Callable[[str], int] = TypeAdapter(Count).validate_python
-_count_or_auto: Callable[[str], int] = TypeAdapter(
-    Annotated[Count | Literal[0], BeforeValidator(lambda value: 0 if value == "auto" else value)]
-).validate_python
-_size: Callable[[str], int] = TypeAdapter(Annotated[int, Field(ge=0, le=2**62)]).validate_python
-_port: Callable[[str], int] = TypeAdapter(Annotated[int, Field(ge=0, le=65535)]).validate_python
-_flag: Callable[[str], bool] = TypeAdapter(Annotated[bool, BeforeValidator(lambda v: v.strip() or "0")]).validate_python
-_duration: Callable[[str], float] = TypeAdapter(Annotated[float, BeforeValidator(parse_duration)]).validate_python
-_seconds: Callable[[str], float] = TypeAdapter(Seconds).validate_python
-_two_beats: Callable[[str], float] = TypeAdapter(Annotated[Seconds, Field(ge=2 * BEAT_SECONDS)]).validate_python
-_executor: Callable[[str], str] = TypeAdapter(Annotated[Literal["", "mp", "ray", "uni"], LOWER]).validate_python
-_log_level: Callable[[str], str] = TypeAdapter(LogLevel).validate_python
-_log_format: Callable[[str], str] = TypeAdapter(Annotated[Literal["text", "json"], LOWER]).validate_python
+LogFormat = Annotated[Literal["text", "json"], BeforeValidator(str.lower)]
+Executor = Annotated[Literal["", "mp", "ray", "uni"], BeforeValidator(str.lower)]
 
-MAX_CACHE_MODELS = _read("MAX_CACHE_MODELS", os.getenv("MAX_CACHE_MODELS", "2"), _count)
-COOLDOWN_SECONDS = _read("MODEL_LOAD_COOLDOWN", os.getenv("MODEL_LOAD_COOLDOWN", "300"), _seconds)
-MODEL_Q4_THRESHOLD_BYTES = _read(
-    "MODEL_Q4_THRESHOLD_BYTES", os.getenv("MODEL_Q4_THRESHOLD_BYTES", "14000000000"), _size
+MAX_CACHE_MODELS: int = _read("MAX_CACHE_MODELS", os.getenv("MAX_CACHE_MODELS", "2"), Count)
+COOLDOWN_SECONDS: float = _read("MODEL_LOAD_COOLDOWN", os.getenv("MODEL_LOAD_COOLDOWN", "300"), Seconds)
+MODEL_Q4_THRESHOLD_BYTES: int = _read(
+    "MODEL_Q4_THRESHOLD_BYTES", os.getenv("MODEL_Q4_THRESHOLD_BYTES", "14000000000"), Size
 )
-MAX_CONCURRENT_PULLS = _read("MAX_CONCURRENT_PULLS", os.getenv("MAX_CONCURRENT_PULLS", "2"), _count)
-PYTORCH_ALLOC_CONF = _read("PYTORCH_ALLOC_CONF", os.getenv("PYTORCH_ALLOC_CONF", "expandable_segments:True"), str)
-HF_HOME = _read("HF_HOME", os.getenv("HF_HOME", str(Path.home() / ".cache" / "huggingface")), str)
-HF_ENDPOINT = _read("HF_ENDPOINT", os.getenv("HF_ENDPOINT", ""), str)
-HF_TOKEN = _read("HF_TOKEN", os.getenv("HF_TOKEN", ""), str)
-HOST = _read("HOST", os.getenv("HOST", "127.0.0.1"), str)
-PORT = _read("PORT", os.getenv("PORT", "8005"), _port)
-ALLOW_UNAUTHENTICATED = _read("ALLOW_UNAUTHENTICATED", os.getenv("ALLOW_UNAUTHENTICATED", "0"), _flag)
-KEEP_ALIVE = _read("KEEP_ALIVE", os.getenv("KEEP_ALIVE", "5m"), _duration)
-ENGINE_THREADS = _read("ENGINE_THREADS", os.getenv("ENGINE_THREADS", "auto"), _count_or_auto)
-ENGINE_PYTHON_VLLM = _read("ENGINE_PYTHON_VLLM", os.getenv("ENGINE_PYTHON_VLLM", ""), str)
-MAX_CONTEXT_LENGTH = _read("MAX_CONTEXT_LENGTH", os.getenv("MAX_CONTEXT_LENGTH", "8192"), _count)
-KV_CACHE_BYTES = _read("KV_CACHE_BYTES", os.getenv("KV_CACHE_BYTES", "auto"), _count_or_auto)
-MAX_PARALLEL = _read("MAX_PARALLEL", os.getenv("MAX_PARALLEL", "8"), _count)
-MAX_SLEEPING_MODELS = _read("MAX_SLEEPING_MODELS", os.getenv("MAX_SLEEPING_MODELS", "4"), _size)
-HOST_MEMORY_RESERVE = _read("HOST_MEMORY_RESERVE", os.getenv("HOST_MEMORY_RESERVE", "4294967296"), _size)
-STANDBY_ENGINES = _read("STANDBY_ENGINES", os.getenv("STANDBY_ENGINES", "auto"), _words)
-TENSOR_PARALLEL_SIZE = _read("TENSOR_PARALLEL_SIZE", os.getenv("TENSOR_PARALLEL_SIZE", "auto"), _count_or_auto)
-PIPELINE_PARALLEL_SIZE = _read("PIPELINE_PARALLEL_SIZE", os.getenv("PIPELINE_PARALLEL_SIZE", "1"), _count)
-DISTRIBUTED_EXECUTOR = _read("DISTRIBUTED_EXECUTOR", os.getenv("DISTRIBUTED_EXECUTOR", ""), _executor)
-HANG_SECONDS = _read("HANG_SECONDS", os.getenv("HANG_SECONDS", "30"), _two_beats)
-LOAD_TIMEOUT = _read("LOAD_TIMEOUT", os.getenv("LOAD_TIMEOUT", "30m"), _seconds)
-STATE_DIR = _read(
-    "STATE_DIR", os.getenv("STATE_DIR", "") or platformdirs.user_data_dir("ai-server", appauthor=False), Path
+MAX_CONCURRENT_PULLS: int = _read("MAX_CONCURRENT_PULLS", os.getenv("MAX_CONCURRENT_PULLS", "2"), Count)
+PYTORCH_ALLOC_CONF: str = _read("PYTORCH_ALLOC_CONF", os.getenv("PYTORCH_ALLOC_CONF", "expandable_segments:True"), str)
+HF_HOME: str = _read("HF_HOME", os.getenv("HF_HOME", str(Path.home() / ".cache" / "huggingface")), str)
+HF_ENDPOINT: str = _read("HF_ENDPOINT", os.getenv("HF_ENDPOINT", ""), str)
+HF_TOKEN: str = _read("HF_TOKEN", os.getenv("HF_TOKEN", ""), str)
+HOST: str = _read("HOST", os.getenv("HOST", "127.0.0.1"), str)
+PORT: int = _read("PORT", os.getenv("PORT", "8005"), Annotated[int, Field(ge=0, le=65535)])
+ALLOW_UNAUTHENTICATED: bool = _read("ALLOW_UNAUTHENTICATED", os.getenv("ALLOW_UNAUTHENTICATED", "0"), Flag)
+KEEP_ALIVE: float = _read("KEEP_ALIVE", os.getenv("KEEP_ALIVE", "5m"), Duration)
+ENGINE_THREADS: int = _read("ENGINE_THREADS", os.getenv("ENGINE_THREADS", "auto"), CountOrAuto)
+ENGINE_PYTHON_VLLM: str = _read("ENGINE_PYTHON_VLLM", os.getenv("ENGINE_PYTHON_VLLM", ""), str)
+MAX_CONTEXT_LENGTH: int = _read("MAX_CONTEXT_LENGTH", os.getenv("MAX_CONTEXT_LENGTH", "8192"), Count)
+KV_CACHE_BYTES: int = _read("KV_CACHE_BYTES", os.getenv("KV_CACHE_BYTES", "auto"), CountOrAuto)
+MAX_PARALLEL: int = _read("MAX_PARALLEL", os.getenv("MAX_PARALLEL", "8"), Count)
+MAX_SLEEPING_MODELS: int = _read("MAX_SLEEPING_MODELS", os.getenv("MAX_SLEEPING_MODELS", "4"), Size)
+HOST_MEMORY_RESERVE: int = _read("HOST_MEMORY_RESERVE", os.getenv("HOST_MEMORY_RESERVE", "4294967296"), Size)
+STANDBY_ENGINES: tuple[str, ...] = _read("STANDBY_ENGINES", os.getenv("STANDBY_ENGINES", "auto"), Words)
+TENSOR_PARALLEL_SIZE: int = _read("TENSOR_PARALLEL_SIZE", os.getenv("TENSOR_PARALLEL_SIZE", "auto"), CountOrAuto)
+PIPELINE_PARALLEL_SIZE: int = _read("PIPELINE_PARALLEL_SIZE", os.getenv("PIPELINE_PARALLEL_SIZE", "1"), Count)
+DISTRIBUTED_EXECUTOR: str = _read("DISTRIBUTED_EXECUTOR", os.getenv("DISTRIBUTED_EXECUTOR", ""), Executor)
+HANG_SECONDS: float = _read(
+    "HANG_SECONDS", os.getenv("HANG_SECONDS", "30"), Annotated[Seconds, Field(ge=2 * BEAT_SECONDS)]
 )
-MODELS_FILE = _read("MODELS_FILE", os.getenv("MODELS_FILE", str(Path(__file__).with_name("models.toml"))), Path)
-LOG_FILE = _read("LOG_FILE", os.getenv("LOG_FILE", "app.log"), str)
-LOG_LEVEL = _read("LOG_LEVEL", os.getenv("LOG_LEVEL", "INFO"), _log_level)
-LOG_FORMAT = _read("LOG_FORMAT", os.getenv("LOG_FORMAT", "text"), _log_format)
-MAX_QUEUE = _read("MAX_QUEUE", os.getenv("MAX_QUEUE", "256"), _count)
-QUEUE_TIMEOUT = _read("QUEUE_TIMEOUT", os.getenv("QUEUE_TIMEOUT", "60"), _seconds)
-MAX_BODY_BYTES = _read("MAX_BODY_BYTES", os.getenv("MAX_BODY_BYTES", str(32 * 1024 * 1024)), _count)
-DRAIN_SECONDS = _read("DRAIN_SECONDS", os.getenv("DRAIN_SECONDS", "30"), _seconds)
-STRICT_PARAMETERS = _read("STRICT_PARAMETERS", os.getenv("STRICT_PARAMETERS", "0"), _flag)
+LOAD_TIMEOUT: float = _read("LOAD_TIMEOUT", os.getenv("LOAD_TIMEOUT", "30m"), Seconds)
+STATE_DIR: Path = _read("STATE_DIR", os.getenv("STATE_DIR") or platformdirs.user_data_dir("ai-server", False), Path)
+MODELS_FILE: Path = _read("MODELS_FILE", os.getenv("MODELS_FILE", str(Path(__file__).with_name("models.toml"))), Path)
+LOG_FILE: str = _read("LOG_FILE", os.getenv("LOG_FILE", "app.log"), str)
+LOG_LEVEL: str = _read("LOG_LEVEL", os.getenv("LOG_LEVEL", "INFO"), LogLevel)
+LOG_FORMAT: str = _read("LOG_FORMAT", os.getenv("LOG_FORMAT", "text"), LogFormat)
+MAX_QUEUE: int = _read("MAX_QUEUE", os.getenv("MAX_QUEUE", "256"), Count)
+QUEUE_TIMEOUT: float = _read("QUEUE_TIMEOUT", os.getenv("QUEUE_TIMEOUT", "60"), Seconds)
+MAX_BODY_BYTES: int = _read("MAX_BODY_BYTES", os.getenv("MAX_BODY_BYTES", str(32 * 1024 * 1024)), Count)
+DRAIN_SECONDS: float = _read("DRAIN_SECONDS", os.getenv("DRAIN_SECONDS", "30"), Seconds)
+STRICT_PARAMETERS: bool = _read("STRICT_PARAMETERS", os.getenv("STRICT_PARAMETERS", "0"), Flag)
 INHERITED_ENVIRONMENT = dict(os.environ)  # what child processes start from; `_child_environment` takes the secrets out
 
 SECRET_SETTINGS = re.compile(r"TOKENS?(_|$)|SECRET|PASSW|CREDENTIAL|(^|_|API)KEYS?(_|$)", re.IGNORECASE)
@@ -758,9 +743,8 @@ class _JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {"time": now_iso(), "level": record.levelname, "message": record.getMessage()}
-        if record.exc_info:
-            entry["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False)
+        failure = {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
+        return json.dumps(entry | failure, ensure_ascii=False)
 
 
 def configure_logging() -> None:
@@ -772,9 +756,9 @@ def configure_logging() -> None:
         handlers.append(logging.handlers.RotatingFileHandler(LOG_FILE, maxBytes=10 * MEBIBYTE, backupCount=3))
     except OSError as error:
         print(f"ai-server: no log file: {LOG_FILE} cannot be written ({error.strerror})", file=sys.stderr)
-    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    line = _JsonLines if LOG_FORMAT == "json" else logging.Formatter
     for handler in handlers:
-        handler.setFormatter(_JsonLines() if LOG_FORMAT == "json" else text)
+        handler.setFormatter(line("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         log.addHandler(handler)
     log.setLevel(LOG_LEVEL)
     log.propagate = False
@@ -909,6 +893,29 @@ class StopStrings:
         return shown
 
 
+Routed = Text | Thinking | ToolCall
+
+
+class TextRouter:  # (stub with the final interface: somebody is writing the real one in this section)
+    """Takes thinking and tool calls out of a model's raw text; `formats` are names of the table of formats."""
+
+    def __init__(self, formats: Iterable[str], tools: Iterable[Json] = (), thinking_open: bool = False) -> None:
+        self._tools = tuple(tools)
+
+    def feed(self, text: str) -> list[Routed]:
+        """Take more text; return what is certain."""
+        return [Text(text)]
+
+    def finish(self, truncated: bool) -> list[Routed]:
+        """The generation is over: what was held back."""
+        return []
+
+
+def formats_of(template: str) -> tuple[str, ...]:
+    """Which formats a chat template speaks, by marks in its text."""
+    return ()
+
+
 def _extract_text_from_pipeline_result(result: Any) -> str:
     """The new text in a pipeline's result: `generated_text`, a text or messages, in lists. Raises EngineFailed."""
     while isinstance(result, list) and result and not (isinstance(result[-1], dict) and "content" in result[-1]):
@@ -920,6 +927,53 @@ def _extract_text_from_pipeline_result(result: Any) -> str:
     if isinstance(result, str):
         return result
     raise EngineFailed(f"The pipeline returned {type(result).__name__} where text was expected.")
+
+
+# -- tools and turns for a model's template -------------------------------------
+
+
+def template_messages(messages: Iterable[Message]) -> list[Json]:
+    """Turns in the form that chat templates take: arguments are objects, and what a developer says is the system's."""
+    turns = []
+    for message in messages:
+        turn: Json = {"role": "system" if message.role == "developer" else message.role, "content": message.content}
+        if message.thinking:
+            turn["reasoning_content"] = message.thinking
+        if message.calls:
+            calls = [(call.id, {"name": call.name, "arguments": json.loads(call.arguments)}) for call in message.calls]
+            turn["tool_calls"] = [{"id": id, "type": "function", "function": function} for id, function in calls]
+        named = {"tool_call_id": message.call_id, "name": message.tool_name}
+        turns.append(turn | {name: value for name, value in named.items() if value})
+    return turns
+
+
+def for_plain_template(messages: Iterable[Message], tools: Iterable[Json]) -> list[Message]:
+    """Turns for a template that knows no tools: the first turn lists them, calls and results become text."""
+    turns: list[Message] = []
+    if listing := "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools):
+        rule = "You can call these functions; a call is a JSON array of objects with the keys name and parameters:"
+        turns.append(Message("system", f"{rule}\n{listing}"))
+    for message in messages:
+        calls = [{"name": call.name, "parameters": json.loads(call.arguments)} for call in message.calls]
+        text = "\n".join(filter(None, [message.content, json.dumps(calls, ensure_ascii=False) if calls else ""]))
+        role = {"developer": "system", "tool": "user"}.get(message.role, message.role)
+        if turns and turns[-1].role == role:  # some templates want the roles to take turns
+            text = f"{turns.pop().content}\n\n{text}"
+        turns.append(Message(role, text))
+    return turns
+
+
+def enforced_schema(tools: Iterable[Json], parallel: bool) -> Json:
+    """The JSON schema of an answer that is nothing but calls: an array of names and parameters."""
+    definitions: Json = {}
+    calls = []
+    for tool in tools:
+        parameters = dict(tool["function"].get("parameters") or {"type": "object", "properties": {}})
+        definitions |= parameters.pop("$defs", {})  # references begin at the root
+        fields = {"name": {"const": tool["function"]["name"]}, "parameters": parameters}
+        calls.append({"type": "object", "properties": fields, "required": [*fields], "additionalProperties": False})
+    schema = {"type": "array", "minItems": 1, "maxItems": 8 if parallel else 1, "items": {"anyOf": calls}}
+    return schema | ({"$defs": definitions} if definitions else {})
 
 
 ###############################################################################
@@ -1087,6 +1141,19 @@ class Engine:
         """Answer one request: Started, any number of Text, one Done. Closing this iterator aborts the request."""
         raise NotImplementedError
 
+    async def work(self, request: ChatRequest) -> tuple[Any, int]:
+        """Do a task that gives no text: its value or None, and the tokens of its input. Raises BadRequest."""
+        raise BadRequest(f"{request.model} does not support {request.task} on this engine.")
+
+    async def answer(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
+        """The events of a task that gives no text."""
+        began = time.perf_counter()
+        value, tokens = await self.work(request)
+        yield Started(tokens)
+        if value is not None:
+            yield Result(value)
+        yield Done("stop", tokens, 0, time.perf_counter() - began, 0.0)
+
     async def pulse(self) -> None:
         """Return as soon as the engine shows that it is at work: what does not return in time is a hang."""
 
@@ -1100,6 +1167,28 @@ def completion_room(prompt_tokens: int, context_length: int, sampling: Sampling)
         )
     room, asked = limit - prompt_tokens, sampling.max_tokens
     return room if asked is None or asked < 0 else min(asked, room)
+
+
+async def routed(events: AsyncGenerator[Event, None], router: TextRouter) -> AsyncGenerator[Event, None]:
+    """Raw text as text, thinking and calls; log-probabilities of what is held back go with the next event that can."""
+    waiting: tuple[TokenLogprob, ...] = ()
+    called = False
+    async with aclosing(events):
+        async for event in events:
+            found = router.feed(event.text) if isinstance(event, Text) else []
+            if isinstance(event, Done):
+                found = router.finish(event.reason == "length")
+            waiting += event.logprobs if isinstance(event, Text) else ()
+            for one in found:
+                called = called or isinstance(one, ToolCall)
+                yield Text(one.text, waiting) if isinstance(one, Text) else one
+                waiting = () if isinstance(one, Text) else waiting
+            if isinstance(event, Done) and waiting:
+                yield Text("", waiting)
+            if isinstance(event, Done) and called and event.reason == "stop":
+                event = msgspec.structs.replace(event, reason="tool_calls")
+            if not isinstance(event, Text):
+                yield event
 
 
 class ThreadStream:
@@ -1834,7 +1923,8 @@ class EngineHost:
     async def _generate(self, id: int, request: ChatRequest) -> None:
         assert self._engine is not None  # the server sends no request before Loaded
         event: Event | None = None
-        async with aclosing(self._engine.stream(request)) as events:
+        work = self._engine.stream if request.task in ("chat", "complete") else self._engine.answer
+        async with aclosing(work(request)) as events:
             async for event in events:
                 self._outbox.append((id, event))
                 self._loop.call_soon(self._flush)  # the first one sends what all streams have said in this turn
@@ -1938,7 +2028,9 @@ class ChildProcess:
     """A child of this file in a session of its own, and the frames to and from it."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin and process.stdout and process.stderr
         self.process = process
+        self._stdin, self._stdout, self._lines = process.stdin, process.stdout, process.stderr
         self.log_tail: deque[str] = deque(maxlen=300)
         self.watch_line: Callable[[str], None] = lambda _: None
         self._stderr = asyncio.create_task(self._relay_stderr())
@@ -1958,34 +2050,32 @@ class ChildProcess:
 
     async def _relay_stderr(self) -> None:
         """Keep the end of what the child prints, for root causes, and pass it to the log at DEBUG."""
-        assert self.process.stderr is not None
         with suppress(ValueError):  # a line longer than the limit ends the relay, not the child
-            async for line in self.process.stderr:
+            async for line in self._lines:
                 text = line.decode(errors="replace").rstrip()
                 self.log_tail.append(text)
                 self.watch_line(text)
                 log.debug("[%s] %s", self.process.pid, text)
-        while await self.process.stderr.read(65536):
+        while await self._lines.read(65536):
             pass
 
     def send(self, command: Command) -> None:
         """Queue one frame to the child. Raises EngineDied when the child is gone."""
-        assert self.process.stdin is not None
-        if self.process.stdin.is_closing():
+        if self._stdin.is_closing():
             raise EngineDied("The engine's process has ended.")
         payload = msgspec.msgpack.encode(command)
-        self.process.stdin.write(struct.pack(">I", len(payload)) + payload)
+        self._stdin.write(struct.pack(">I", len(payload)) + payload)
 
-    async def reports(self) -> AsyncIterator[Report]:
+    async def reports(self) -> AsyncGenerator[Report, None]:
         """The child's frames until it closes its end."""
-        assert self.process.stdout is not None
         decoder = msgspec.msgpack.Decoder(Report)
         with suppress(asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError):
             while True:
-                (size,) = struct.unpack(">I", await self.process.stdout.readexactly(4))
-                yield decoder.decode(await self.process.stdout.readexactly(size))
+                (size,) = struct.unpack(">I", await self._stdout.readexactly(4))
+                yield decoder.decode(await self._stdout.readexactly(size))
 
-    def _tree(self) -> list[psutil.Process]:
+    def tree(self) -> list[psutil.Process]:
+        """The child and all its descendants; empty when it is gone."""
         with suppress(psutil.Error):
             root = psutil.Process(self.process.pid)
             return [root, *root.children(recursive=True)]
@@ -1993,32 +2083,29 @@ class ChildProcess:
 
     def memory_bytes(self) -> int:
         """Resident memory of the child and all its descendants, in bytes."""
-        return sum(map(_resident_bytes, self._tree()))
-
-    def root_cause(self) -> str:
-        """The last error in what the child printed: an engine core of its own says there why it did not start."""
-        for line in reversed(self.log_tail):
-            if (found := ROOT_CAUSE.search(line)) and "root cause above" not in line:
-                return found[1]
-        return ""
+        return sum(map(_resident_bytes, self.tree()))
 
     def cpu_seconds(self) -> float:
         """Processor time of the child and all its descendants."""
         with suppress(psutil.Error):
-            return float(sum(sum(process.cpu_times()[:2]) for process in self._tree()))
+            return float(sum(sum(process.cpu_times()[:2]) for process in self.tree()))
         return 0.0
+
+    def root_cause(self) -> str:
+        """The last error in what the child printed: an engine core of its own says there why it did not start."""
+        pattern = re.compile(r"(?:^|[\s)])((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt): .+)")
+        found = (pattern.search(line) for line in reversed(self.log_tail) if "root cause above" not in line)
+        return next((match[1] for match in found if match), "")
 
     async def stop(self, grace: float = SHUTDOWN_GRACE_SECONDS) -> None:
         """Close the child's stdin, which ends it; after a grace period kill its process group; wait for the end."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        self._stdin.close()
         with suppress(TimeoutError):
             await asyncio.wait_for(self.process.wait(), grace)
         with suppress(ProcessLookupError, PermissionError, AttributeError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        if self.process.returncode is None:
-            with suppress(ProcessLookupError):
-                self.process.kill()
+        with suppress(ProcessLookupError):
+            self.process.kill()
         await self.process.wait()
         await self._stderr
 
@@ -2027,9 +2114,6 @@ def _resident_bytes(process: psutil.Process) -> int:
     with suppress(psutil.Error):
         return int(process.memory_info().rss)
     return 0
-
-
-ROOT_CAUSE = re.compile(r"(?:^|[\s)])((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt): .+)")
 
 
 class Standby:
@@ -2049,10 +2133,8 @@ class Standby:
 
     async def _prepare(self) -> bool:
         """Wait for the imports; false when they failed or the child is gone."""
-        async with aclosing(cast(AsyncGenerator[Report, None], self.child.reports())) as reports:
-            async for report in reports:
-                return report == Obeyed()
-        return False
+        async with aclosing(self.child.reports()) as reports:
+            return await anext(reports, None) == Obeyed()
 
 
 def gpu_devices() -> list[Json]:
@@ -2088,33 +2170,40 @@ def _gpu_used_bytes() -> int:
     return sum(device["used_bytes"] for device in gpu_devices())
 
 
-class Mailbox:
+class Mailbox(asyncio.Queue[Event | ServerError]):
     """What has arrived for one request and was not read yet. Text that a slow reader leaves lying grows together."""
 
-    __slots__ = ("_items", "_waiting")
     LONGEST_MERGE = 4096  # characters: longer pieces are not copied again and again
 
-    def __init__(self) -> None:
-        self._items: deque[Event | ServerError] = deque()
-        self._waiting: asyncio.Future[None] | None = None
+    _queue: deque[Event | ServerError]  # asyncio makes it
 
-    def put(self, item: Event | ServerError) -> None:
-        """Add one event and wake the reader."""
-        last = self._items[-1] if self._items else None
-        merge = isinstance(last, Text) and len(last.text) < self.LONGEST_MERGE
-        if merge and isinstance(item, Text) and isinstance(last, Text) and last.index == item.index:
-            self._items.pop()
-            item = Text(last.text + item.text, (*last.logprobs, *item.logprobs), item.index)
-        self._items.append(item)
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
+    def _put(self, item: Event | ServerError) -> None:
+        match self._queue[-1] if self._queue else None, item:
+            case (Text() as last, Text() as more) if last.index == more.index and len(last.text) < self.LONGEST_MERGE:
+                self._queue[-1] = Text(last.text + more.text, (*last.logprobs, *more.logprobs), last.index)
+            case _:
+                self._queue.append(item)
 
-    async def take(self) -> Event | ServerError:
-        """The next event, as soon as there is one."""
-        if not self._items:
-            self._waiting = asyncio.get_running_loop().create_future()
-            await self._waiting
-        return self._items.popleft()
+
+def _one_of(request: ChatRequest, index: int) -> ChatRequest:
+    """What a child is asked for one choice: its prompt alone, and a seed of its own, counted up."""
+    prompt, choice = divmod(index, request.sampling.n or 1)
+    seed = request.sampling.seed
+    counted = seed if seed is None or seed < 0 else seed + choice  # a random one stays random
+    sampling = msgspec.structs.replace(request.sampling, n=None, seed=counted)
+    inputs = request.inputs[prompt : prompt + 1] if request.task == "complete" else request.inputs
+    return msgspec.structs.replace(request, sampling=sampling, inputs=inputs, wire={})
+
+
+def _sum_of(ends: dict[int, Done], choices: int) -> Done:
+    """The end of all choices: every prompt is counted once, the tokens of all answers, and the longest time."""
+    return msgspec.structs.replace(
+        list(ends.values())[-1],
+        last=True,
+        prompt_tokens=sum(ends[index].prompt_tokens for index in range(0, len(ends), choices)),
+        completion_tokens=sum(end.completion_tokens for end in ends.values()),
+        decode_seconds=max(end.decode_seconds for end in ends.values()),
+    )
 
 
 class EngineProcess:
@@ -2129,42 +2218,53 @@ class EngineProcess:
         self.pins = 0
         self.keep_alive = KEEP_ALIVE
         self.expires_at: float | None = None
-        self.load_seconds = 0.0
         self.phases: dict[str, float] = {}
-        self.stopping = False
+        self.pid = 0
+        self.alive = False  # whether requests can be sent to it
         self.asleep = False
         self.outdated = False  # its model was pulled again: it goes as soon as nobody uses it
         self._on_death = on_death
         self._expiry: asyncio.TimerHandle | None = None
         self._mailboxes: dict[int, tuple[Mailbox, int]] = {}
         self._gpu_before = _gpu_used_bytes()
-        self._loaded: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
-        self._obeyed: asyncio.Future[str] | None = None
-        self._watcher: asyncio.Task[None] | None = None
-        self._beat_at = time.monotonic()
-        self._silent_seconds = 0.0
+        self._obeyed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._reader: asyncio.Task[None] | None = None
         self._cause = ""
 
     async def start(self, child: ChildProcess) -> None:
         """Load the model in a child. Raises the child's refusal, LoadTimeout, or StartFailed when it dies."""
-        began = time.perf_counter()
-        self._child = child
+        began, reports = time.perf_counter(), child.reports()
+        self._child, self.pid = child, child.process.pid
         child.watch_line = self._watch_line
-        self._reader = asyncio.create_task(self._read())
         try:
-            self._child.send(Load(self.spec))
-            self.info = await asyncio.wait_for(asyncio.shield(self._loaded), LOAD_TIMEOUT)
+            child.send(Load(self.spec))
+            self.info = await asyncio.wait_for(self._load(reports), LOAD_TIMEOUT)
         except BaseException as error:
+            await reports.aclose()
             await self.stop()  # only then everything that it printed has been read
             raise self._with_root_cause(error) from error
+        self.alive = True
+        self._reader = asyncio.create_task(self._read(reports))
         self.load_seconds = time.perf_counter() - began
-        self._beat_at = time.monotonic()
-        self._watcher = asyncio.create_task(self._watch())
+
+    async def _load(self, reports: AsyncGenerator[Report, None]) -> EngineInfo:
+        """Hear the child until it has loaded. Raises its refusal, or StartFailed when it ends before."""
+        async for report in reports:
+            match report:
+                case Phase(name, seconds):
+                    self.phases[name] = seconds
+                case Loaded(info):
+                    return info
+                case Refused(kind, message, details):
+                    refusal = error_of(kind, message)
+                    refusal.details = details
+                    raise refusal
+        raise StartFailed(f"its process ended while loading ({await self._how_it_ended()}).")
 
     def _watch_line(self, line: str) -> None:
         """Pick the phases of a load that only the library's log tells."""
         for name, pattern in ENGINES[self.spec.backend].LOG_PHASES.items():
-            if not self._loaded.done() and (found := re.search(pattern, line)):
+            if not self.alive and (found := re.search(pattern, line)):
                 self.phases[name] = float(found[1])
 
     def _with_root_cause(self, error: BaseException) -> BaseException:
@@ -2179,28 +2279,26 @@ class EngineProcess:
         better.details = error.details or "\n".join(self._child.log_tail)
         return better
 
-    @property
-    def alive(self) -> bool:
-        """Whether requests can be sent to it."""
-        return not self.stopping and not self._reader.done()
-
-    @property
-    def pid(self) -> int:
-        """The child's process id."""
-        return self._child.process.pid
-
     def memory_bytes(self) -> int:
         """What the model holds now: device memory since the load began, else resident memory of its processes."""
         used = _gpu_used_bytes()
         return used - self._gpu_before if used else self._child.memory_bytes()
 
-    async def _read(self) -> None:
-        """Deliver reports until the child is gone, then tell everybody who waits."""
-        async with aclosing(cast(AsyncGenerator[Report, None], self._child.reports())) as reports:
-            async for report in reports:
-                self._deliver(report)
-        if not self.stopping:
-            await self._died()
+    async def _read(self, reports: AsyncGenerator[Report, None]) -> None:
+        """Deliver reports until the child is gone; when it ended by itself, tell everybody who waits."""
+        watcher = asyncio.create_task(self._watch())
+        async for report in reports:
+            self._deliver(report)
+        watcher.cancel()
+        if not self.alive:
+            return
+        how = await self._how_it_ended()
+        self.alive = False
+        for box, _ in self._mailboxes.values():
+            box.put_nowait(EngineDied(f"The engine of {self.spec.model} died ({how}). Ask again: it loads anew."))
+        if not self._obeyed.done():
+            self._obeyed.set_result(f"its process died ({how})")
+        self._on_death(self)
 
     def _deliver(self, report: Report) -> None:
         match report:
@@ -2208,36 +2306,23 @@ class EngineProcess:
                 for id, event in items:
                     if box := self._mailboxes.get(id):
                         plain = box[1] == 0 or isinstance(event, Started)
-                        box[0].put(event if plain else msgspec.structs.replace(event, index=box[1]))
+                        box[0].put_nowait(event if plain else msgspec.structs.replace(event, index=box[1]))
             case Beat(silent_seconds):
-                self._beat_at, self._silent_seconds = time.monotonic(), silent_seconds
+                self._lively_at = time.monotonic() - silent_seconds
             case Failed(id, kind, message, details):
                 if details:
                     log.error("A request to %s failed in the engine:\n%s", self.spec.model, details)
                 if box := self._mailboxes.pop(id, None):
-                    box[0].put(error_of(kind, message))
-            case _:
-                self._deliver_progress(report)
-
-    def _deliver_progress(self, report: Report) -> None:
-        match report:
-            case Phase(name, seconds):
-                self.phases[name] = seconds
-            case Loaded(info):
-                self._loaded.set_result(info)
-            case Refused(kind, message, details):
-                refusal = error_of(kind, message)
-                refusal.details = details
-                self._loaded.set_exception(refusal)
-            case Obeyed(error) if self._obeyed is not None and not self._obeyed.done():  # else nobody waits any more
+                    box[0].put_nowait(error_of(kind, message))
+            case Obeyed(error) if not self._obeyed.done():  # else nobody waits any more
                 self._obeyed.set_result(error)
 
     async def _watch(self) -> None:
         """End a child that is silent for HANG_SECONDS, or for ten times as long while it computes (a long step)."""
-        began, used = 0.0, None
-        while True:
+        self._lively_at, began, used = time.monotonic(), 0.0, None
+        while self.alive:
             await asyncio.sleep(min(BEAT_SECONDS, HANG_SECONDS / 4))
-            silent = max(self._silent_seconds, time.monotonic() - self._beat_at)
+            silent = time.monotonic() - self._lively_at
             if silent < HANG_SECONDS / 2:
                 used = None
             elif used is None:
@@ -2247,33 +2332,27 @@ class EngineProcess:
                 if computed < 0.1 * (time.monotonic() - began) or silent >= 10 * HANG_SECONDS:
                     self._cause = f"it gave no sign of life for {silent:.0f} s (HANG_SECONDS)"
                     log.error("The engine of %s (%s) hangs: %s", self.spec.model, self.spec.backend, self._cause)
-                    return await self._child.stop(grace=0)
+                    await self._child.stop(grace=0)
+                    break
 
-    async def _died(self) -> None:
-        """The child ended by itself: fail the load or every open stream, and let the owner forget it."""
+    async def _how_it_ended(self) -> str:
+        """Log and say how a child ended by itself."""
         await self._child.stop()  # it may live on behind a closed or broken pipe
         status = self._child.process.returncode or 0
         how = self._cause or (f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}")
         log.error("The engine of %s (%s) died: %s", self.spec.model, self.spec.backend, how)
-        if not self._loaded.done():
-            self._loaded.set_exception(StartFailed(f"its process ended while loading ({how})."))
-            return
-        for box, _ in self._mailboxes.values():
-            box.put(EngineDied(f"The engine of {self.spec.model} died ({how}). Ask again: it loads anew."))
-        if self._obeyed is not None and not self._obeyed.done():
-            self._obeyed.set_result(f"its process died ({how})")
-        self._on_death(self)
+        return how
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
         """Yield Started once, the events of every choice, a Done with all counts; closing this aborts the rest."""
         box, ends, started = Mailbox(), dict[int, Done](), False
-        wanted = {index: next(self._ids) for index in range(request.sampling.n or 1)}
+        wanted = {index: next(self._ids) for index in range(request.width())}
         self._mailboxes |= {id: (box, index) for index, id in wanted.items()}
         try:
             for index, id in wanted.items():
-                self._child.send(Generate(id, _one_choice(request, index)))
+                self._child.send(Generate(id, _one_of(request, index)))
             while len(ends) < len(wanted):
-                event = await box.take()
+                event = await box.get()
                 if isinstance(event, ServerError):
                     raise event
                 if isinstance(event, Done):
@@ -2283,7 +2362,7 @@ class EngineProcess:
                     yield event
                 started = True
             if len(wanted) > 1:
-                yield _sum_of(list(ends.values()))
+                yield _sum_of(ends, request.sampling.n or 1)
         finally:
             for index, id in wanted.items():
                 if self._mailboxes.pop(id, None) and index not in ends and self.alive:
@@ -2331,46 +2410,18 @@ class EngineProcess:
     async def stop(self) -> Reclaimed:
         """End the child and everything it started, and measure what came back. Idempotent."""
         began = time.perf_counter()
-        self.stopping = True
-        for waiting in (self._expiry, self._watcher):
-            if waiting is not None:
-                waiting.cancel()
-        on_gpu = bool(gpu_devices())
-        held = self.memory_bytes()
+        self.alive = False
+        if self._expiry is not None:
+            self._expiry.cancel()
+        on_gpu, held, tree = bool(gpu_devices()), self.memory_bytes(), self._child.tree()
         await self._child.stop()
-        await self._reader
+        if self._reader is not None:
+            await self._reader
         deadline = time.monotonic() + RECLAIM_SECONDS if on_gpu else 0.0
-        while time.monotonic() < deadline and _gpu_used_bytes() - self._gpu_before > RECLAIM_TOLERANCE_BYTES:  # noqa: ASYNC110  (NVML has no event)
+        while time.monotonic() < deadline and self.memory_bytes() > RECLAIM_TOLERANCE_BYTES:  # noqa: ASYNC110  (NVML has no event)
             await asyncio.sleep(0.05)  # the driver gives it back a moment after the last process ended
-        if self._loaded.done() and not self._loaded.cancelled():
-            self._loaded.exception()  # seen: a refusal nobody awaited must not warn at exit
-        leaked = _gpu_used_bytes() - self._gpu_before if on_gpu else await asyncio.to_thread(_group_bytes, self.pid)
+        leaked = self.memory_bytes() if on_gpu else sum(map(_resident_bytes, tree))
         return Reclaimed("cuda" if on_gpu else "cpu", held, max(0, leaked), time.perf_counter() - began)
-
-
-def _one_choice(request: ChatRequest, index: int) -> ChatRequest:
-    """The request for one choice of several: a seed is the first choice's, the others count up from it."""
-    seed = request.sampling.seed
-    counted = seed if seed is None or seed < 0 else seed + index
-    sampling = msgspec.structs.replace(request.sampling, n=None, seed=counted)
-    return msgspec.structs.replace(request, sampling=sampling)
-
-
-def _sum_of(ends: list[Done]) -> Done:
-    """The end of all choices: the tokens of every one, and the longest time."""
-    tokens = sum(end.completion_tokens for end in ends)
-    return msgspec.structs.replace(
-        ends[-1], last=True, completion_tokens=tokens, decode_seconds=max(end.decode_seconds for end in ends)
-    )
-
-
-def _group_bytes(group: int) -> int:
-    """Resident memory of whatever is left of a process group: zero is the proof that it is gone."""
-    members = list[psutil.Process]()
-    for process in psutil.process_iter():
-        with suppress(OSError, AttributeError):  # gone meanwhile; Windows has no groups
-            members += [process] if os.getpgid(process.pid) == group else []
-    return sum(map(_resident_bytes, members))
 
 
 ###############################################################################
@@ -4576,24 +4627,11 @@ async def root() -> Response:
 
 def _refuse_public_binding() -> None:
     """Any host but loopback is open to the network and must be asked for by name."""
-    if HOST in ("127.0.0.1", "localhost", "::1") or ALLOW_UNAUTHENTICATED:
-        return
-    print(
-        f"ai-server: HOST={HOST} would let anybody on the network use, pull and delete models.\n"
-        "Bind to 127.0.0.1, put a proxy with authentication in front, or set ALLOW_UNAUTHENTICATED=1.",
-        file=sys.stderr,
-    )
-    raise SystemExit(78)
-
-
-def _check_names(names: list[str]) -> None:
-    """A name on the command line that cannot be pulled ends the start with 64 and one line."""
-    for name in names:
-        try:
-            resolve_name(name)
-        except ServerError as error:
-            print(f"ai-server: --pull {name!r}: {error}", file=sys.stderr)
-            raise SystemExit(64) from error
+    if HOST not in ("127.0.0.1", "localhost", "::1") and not ALLOW_UNAUTHENTICATED:
+        danger = f"ai-server: HOST={HOST} would let anybody on the network use, pull and delete models."
+        remedy = "Bind to 127.0.0.1, put a proxy with authentication in front, or set ALLOW_UNAUTHENTICATED=1."
+        print(danger, remedy, sep="\n", file=sys.stderr)
+        raise SystemExit(78)
 
 
 class _Listener(uvicorn.Server):
@@ -4606,28 +4644,23 @@ class _Listener(uvicorn.Server):
 
 
 def serve(pull_at_start: list[str]) -> None:
-    """Run the server until it is told to stop; a signal to stop ends it with 0."""
+    """Run the server until a signal to stop, which ends it with 0; a name that cannot be pulled ends it with 64."""
     _refuse_public_binding()
-    _check_names(pull_at_start)
+    try:
+        for name in pull_at_start:
+            resolve_name(name)
+    except ServerError as error:
+        print(f"ai-server: --pull {name!r}: {error}", file=sys.stderr)
+        raise SystemExit(64) from error
     configure_logging()
     app.state.lock = _claim_state_dir()  # here already: uvicorn turns every failure of the lifespan into a 3
     app.state.pull_at_start = pull_at_start
-    config = uvicorn.Config(app, HOST, PORT, log_level="warning", timeout_graceful_shutdown=int(DRAIN_SECONDS))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))  # uvicorn raises it again when it is through
+    config = uvicorn.Config(app, HOST, PORT, log_level="warning", timeout_graceful_shutdown=int(DRAIN_SECONDS))
     listener = _Listener(config)
     listener.run()
     raise SystemExit(0 if listener.started else 1)
-
-
-def _run_loop(work: Coroutine[Any, Any, None]) -> None:
-    """Run on uvloop where it is installed, as uvicorn does: frames cost half as much there."""
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(work)
-    else:
-        uvloop.run(work)
 
 
 def main() -> None:
@@ -4639,7 +4672,10 @@ def main() -> None:
     parser.add_argument("--version", action="version", version=__version__)
     options = parser.parse_args()
     if options.engine:
-        _run_loop(engine_main())
+        has_uvloop = importlib.util.find_spec("uvloop") is not None  # as uvicorn does: frames cost half as much there
+        factory = importlib.import_module("uvloop").new_event_loop if has_uvloop else None
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(engine_main())
     elif options.worker:
         worker_main()
     else:

@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 import app
 
@@ -206,7 +207,7 @@ def test_every_number_is_a_duration(number: float) -> None:
 def test_a_timeout_beyond_the_limit_is_not_called_negative() -> None:
     """Thirty years and more are for ever, and what may not be for ever says so."""
     with pytest.raises(ValueError) as raised:
-        app._seconds("1e10")
+        TypeAdapter(app.Seconds).validate_python("1e10")
     assert str(raised.value) != "it must not be negative"
 
 
@@ -263,7 +264,7 @@ def test_every_typed_setting_is_in_the_table() -> None:
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     read = [call.args for call in calls if isinstance(call.func, ast.Name) and call.func.id == "_read"]
     typed = {ast.unparse(name): ast.unparse(reader) for name, _, reader in read}
-    assert {ast.literal_eval(name) for name, reader in typed.items() if reader not in ("str", "Path", "_words")} == set(
+    assert {ast.literal_eval(name) for name, reader in typed.items() if reader not in ("str", "Path", "Words")} == set(
         BAD_VALUES
     )
     assert {ast.literal_eval(name) for name in typed} == set(app.SETTINGS)
@@ -378,13 +379,13 @@ def test_values_from_the_environment() -> None:
 @pytest.mark.parametrize("text", ["1", "true", "YES", " on "])
 def test_switch_on(text: str) -> None:
     """The ways to say yes."""
-    assert app._flag(text) is True
+    assert TypeAdapter(app.Flag).validate_python(text) is True
 
 
 @pytest.mark.parametrize("text", ["0", "false", "No", "off", "", "  "])
 def test_switch_off(text: str) -> None:
     """The ways to say no."""
-    assert app._flag(text) is False
+    assert TypeAdapter(app.Flag).validate_python(text) is False
 
 
 def test_settings_show_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
@@ -591,7 +592,7 @@ def engine_with(child: FakeChild, monkeypatch: pytest.MonkeyPatch) -> app.Engine
     monkeypatch.setattr(app, "_gpu_used_bytes", lambda: 0)
     engine = app.EngineProcess(SPEC, "abc", lambda _: None)
     monkeypatch.setattr(engine, "_child", child, raising=False)
-    monkeypatch.setattr(engine, "_reader", asyncio.get_running_loop().create_future(), raising=False)
+    engine.alive = True
     return engine
 
 
@@ -706,10 +707,19 @@ def test_a_choice_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("seed", [None, -1, -5])
-def test_a_random_seed_stays_random(seed: int | None) -> None:
+def test_a_random_seed_stays_random(seed: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a seed that was given counts up."""
-    request = msgspec.structs.replace(REQUEST, sampling=app.Sampling(n=3, seed=seed))
-    assert [app._one_choice(request, index).sampling.seed for index in range(3)] == [seed] * 3
+
+    async def scenario() -> None:
+        child = FakeChild()
+        request = msgspec.structs.replace(REQUEST, sampling=app.Sampling(n=3, seed=seed))
+        waiting = asyncio.ensure_future(anext(engine_with(child, monkeypatch).stream(request)))
+        await asyncio.sleep(0)
+        assert [command.request.sampling.seed for command in child.generated()] == [seed] * 3
+        waiting.cancel()
+        await asyncio.wait([waiting])
+
+    run(scenario())
 
 
 # -- mailboxes ----------------------------------------------------------------
@@ -729,10 +739,10 @@ def test_a_mailbox_loses_and_mixes_nothing(script: list[app.Text | None]) -> Non
         box, read, there = app.Mailbox(), list[app.Text](), 0
         for step in [*script, None]:
             if step is not None:
-                box.put(step)
+                box.put_nowait(step)
                 there += 1
-            while step is None and box._items:
-                event = await box.take()
+            while step is None and not box.empty():
+                event = await box.get()
                 assert isinstance(event, app.Text)
                 read.append(event)
         assert len(read) <= there
@@ -754,8 +764,8 @@ def test_a_mailbox_keeps_the_order_of_everything() -> None:
         box = app.Mailbox()
         for item in (app.Started(1), app.Text("a"), app.Text("b"), app.Text("c", (), 1), app.Text("d"), end, long,
                      app.Text("e"), error):  # fmt: skip
-            box.put(item)
-        return [await box.take() for _ in range(8)]
+            box.put_nowait(item)
+        return [await box.get() for _ in range(8)]
 
     assert run(scenario()) == [
         app.Started(1), app.Text("ab"), app.Text("c", (), 1), app.Text("d"), end, long, app.Text("e"), error,
@@ -767,17 +777,17 @@ def test_a_reader_that_waits_is_woken() -> None:
 
     async def scenario() -> None:
         box = app.Mailbox()
-        waiting = asyncio.ensure_future(box.take())
+        waiting = asyncio.ensure_future(box.get())
         await asyncio.sleep(0)
-        box.put(app.Text("a"))
-        box.put(app.Text("b"))
+        box.put_nowait(app.Text("a"))
+        box.put_nowait(app.Text("b"))
         assert await waiting == app.Text("ab")
-        waiting = asyncio.ensure_future(box.take())
+        waiting = asyncio.ensure_future(box.get())
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.wait([waiting])
-        box.put(app.Text("c"))  # nobody reads: no error
-        assert await box.take() == app.Text("c")
+        box.put_nowait(app.Text("c"))  # nobody reads: no error
+        assert await box.get() == app.Text("c")
 
     run(scenario())
 
@@ -795,12 +805,15 @@ def test_a_refused_load(kind: str, error: type[app.ServerError], monkeypatch: py
     """The child's cause comes out as an error of its class, with the traceback for the log."""
 
     async def scenario() -> None:
+        async def reports() -> AsyncGenerator[app.Report, None]:
+            yield app.Phase("imports", 1.0)
+            yield app.Refused(kind, "why", "Traceback ...")
+
         engine = engine_with(FakeChild(), monkeypatch)
-        engine._deliver(app.Refused(kind, "why", "Traceback ..."))
-        raised = engine._loaded.exception()
-        assert type(raised) is error
-        assert isinstance(raised, app.ServerError)
-        assert (str(raised), raised.details) == ("why", "Traceback ...")
+        with pytest.raises(error, match="why") as raised:
+            await engine._load(reports())
+        assert type(raised.value) is error
+        assert (raised.value.details, engine.phases) == ("Traceback ...", {"imports": 1.0})
 
     run(scenario())
 
@@ -855,7 +868,7 @@ def test_an_order_that_is_answered_too_late_ends_nothing(monkeypatch: pytest.Mon
         with pytest.raises(app.EngineFailed, match="did not wake"):
             await engine.wake()
         engine._deliver(app.Obeyed())
-        engine._deliver(app.Phase("late", 1.0))
-        assert engine.phases == {"late": 1.0}
+        engine._deliver(app.Beat(5.0))
+        assert engine._lively_at < time.monotonic()
 
     run(scenario())

@@ -37,10 +37,10 @@ def test_fold_joins_texts_in_order() -> None:
     assert reply == app.Reply([app.Choice("Hello")], END)
 
 
-def test_fold_of_an_unfinished_stream_has_no_end() -> None:
-    """No end is made up."""
+def test_fold_of_nothing_has_counts_of_zero() -> None:
+    """What never came is not made up."""
     assert folded(app.Started(3), app.Text("a")).choices == [app.Choice("a")]
-    assert folded() == app.Reply([], None)
+    assert folded() == app.Reply([], app.Done("stop", 0, 0, 0.0, 0.0))
 
 
 def test_fold_passes_errors_on() -> None:
