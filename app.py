@@ -531,7 +531,6 @@ def now_iso() -> str:
 # Each dictionary names its only writers. May not: be written by an endpoint.
 
 QuantizeChoice = Literal["auto", "4bit", "none"]
-JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 FINAL_STATUSES = frozenset({"succeeded", "failed", "cancelled"})
 
 
@@ -544,7 +543,7 @@ class Job(msgspec.Struct):
     quantize: QuantizeChoice = "auto"
     init: bool = False
     trust_remote_code: bool = False
-    status: JobStatus = "queued"
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled"] = "queued"
     created_at: str = ""
     started_at: str | None = None
     finished_at: str | None = None
@@ -630,39 +629,24 @@ class Store:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
         self._connection: sqlite3.Connection | None = None
 
-    async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run `work` on the store's thread in one transaction. Raises DiskFull or Unavailable."""
+    async def _run(self, sql: str, *values: str | bytes) -> list[tuple[Any, ...]]:
+        """Run a statement on the store's thread, a transaction of its own. Raises DiskFull or Unavailable."""
 
-        def transaction() -> T:
-            if self._connection is None:
-                self._connection = self._open()
+        def transaction() -> list[tuple[Any, ...]]:
+            self._connection = self._connection or self._open()
             with self._connection:
-                return work(self._connection)
+                return self._connection.execute(sql, values).fetchall()
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, transaction)
         except sqlite3.OperationalError as error:
             if "full" in str(error):
-                raise DiskFull(
-                    "The disk that holds the server's state is full: free some space and try again."
-                ) from error
+                text = "The disk that holds the server's state is full: free some space and try again."
+                raise DiskFull(text) from error
             raise Unavailable(f"The server's state cannot be written: {error}.", retry_after=5) from error
 
     def _open(self) -> sqlite3.Connection:
         """Open the file; one that is no sound database is set aside with its log, never overwritten."""
-        try:
-            return self._connect()
-        except sqlite3.OperationalError:
-            raise
-        except sqlite3.DatabaseError as error:
-            aside = f"{self._path.name}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}"
-            log.warning("%s is damaged (%s): it is kept as %s, and the state begins anew", self._path, error, aside)
-            for suffix in ("", "-wal", "-shm"):
-                with suppress(FileNotFoundError):
-                    self._path.with_name(self._path.name + suffix).rename(self._path.with_name(aside + suffix))
-            return self._connect()
-
-    def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, check_same_thread=False, timeout=2)
         try:
             connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA mmap_size=0;")
@@ -670,42 +654,42 @@ class Store:
                 raise sqlite3.DatabaseError(verdict)
             for table in ("jobs", "models"):
                 connection.execute(f"CREATE TABLE IF NOT EXISTS {table} (id TEXT PRIMARY KEY, body BLOB NOT NULL)")
-            connection.execute("PRAGMA user_version=1")
-        except sqlite3.Error:
+            return connection
+        except sqlite3.DatabaseError as error:
             connection.close()
-            raise
-        return connection
-
-    async def _save(self, table: str, key: str, value: msgspec.Struct) -> None:
-        body = msgspec.json.encode(value)
-        await self._run(lambda db: db.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", (key, body)))
+            if isinstance(error, sqlite3.OperationalError):  # no access, no room: the file itself may be sound
+                raise
+            aside = f"{self._path.name}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}"
+            log.warning("%s is damaged (%s): it is kept as %s, and the state begins anew", self._path, error, aside)
+        for suffix in ("", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                self._path.with_name(self._path.name + suffix).rename(self._path.with_name(aside + suffix))
+        return self._open()
 
     async def save_job(self, job: Job) -> None:
         """Make a job durable; when this returns it survives `kill -9`."""
-        await self._save("jobs", job.id, job)
+        await self._run("INSERT OR REPLACE INTO jobs VALUES (?, ?)", job.id, msgspec.json.encode(job))
 
     async def save_model(self, meta: ModelMeta) -> None:
         """Make what is known of a model durable."""
-        await self._save("models", meta.name, meta)
+        await self._run("INSERT OR REPLACE INTO models VALUES (?, ?)", meta.name, msgspec.json.encode(meta))
 
     async def delete_model(self, name: str) -> None:
         """Forget a model."""
-        await self._run(lambda db: db.execute("DELETE FROM models WHERE id = ?", (name,)))
+        await self._run("DELETE FROM models WHERE id = ?", name)
 
     async def load(self) -> tuple[list[Job], list[ModelMeta]]:
-        """Read back every job, oldest first, and every model."""
-        jobs, models = await self._rows("jobs", Job), await self._rows("models", ModelMeta)
-        return sorted(jobs, key=lambda job: job.created_at), models
-
-    async def _rows(self, table: str, kind: type[T]) -> list[T]:
-        """Decode a table; a row that does not fit is kept in the file, said, and passed over."""
-        values: list[T] = []
-        for key, body in await self._run(lambda db: db.execute(f"SELECT id, body FROM {table}").fetchall()):
+        """Read back every job, oldest first, and every model; a row that does not fit stays in the file."""
+        jobs, models = list[Job](), list[ModelMeta]()
+        for key, body, kind in await self._run("SELECT *, 'job' FROM jobs UNION ALL SELECT *, 'model' FROM models"):
             try:
-                values.append(msgspec.json.decode(body, type=kind))
+                if kind == "job":
+                    jobs.append(msgspec.json.decode(body, type=Job))
+                else:
+                    models.append(msgspec.json.decode(body, type=ModelMeta))
             except msgspec.MsgspecError as error:
-                log.error("The state of %s in table %s cannot be read: %s", key, table, error)
-        return values
+                log.error("The state of the %s %s cannot be read: %s", kind, key, error)
+        return sorted(jobs, key=lambda job: job.created_at), models
 
     async def close(self) -> None:
         """Close the connection and end the thread."""
@@ -3677,13 +3661,8 @@ def _hub_cause(error: BaseException) -> tuple[str, str]:
 # model_cache and failed_loads. May not: know HTTP or a dialect.
 
 LADDER = ("vllm", "transformers", "pipeline")
-STOPS_THE_LADDER = (BadModelFiles, RemoteCodeNotGranted, Misconfigured, NoCapacity)
-ENGINE_LIBRARIES = {
-    "vllm": ("vllm",),
-    "transformers": ("torch", "transformers", "accelerate"),
-    "pipeline": ("torch", "transformers", "accelerate"),
-    "llama.cpp": ("xllamacpp",),
-}
+TORCH_LIBRARIES = ("torch", "transformers", "accelerate")
+ENGINE_LIBRARIES = dict.fromkeys(LADDER[1:], TORCH_LIBRARIES) | {"vllm": ("vllm",), "llama.cpp": ("xllamacpp",)}
 
 
 def engine_unavailable(backend: str) -> str:
@@ -3730,15 +3709,10 @@ def cheap_refusal(meta: ModelMeta, backend: str, quantization: str) -> str:
     return ""
 
 
-def engine_threads(backend: str) -> int:
-    """Threads for an engine: torch on a GPU wants one, more only delay the kernels' launches."""
-    return ENGINE_THREADS or 1 if gpu_devices() and backend != "llama.cpp" else compute_threads()
-
-
-def compute_threads() -> int:
-    """Threads for a CPU engine: one core is left to this process and to neighbours, who would stall all of them."""
+def compute_threads(backend: str = "llama.cpp") -> int:
+    """Threads for an engine: one for torch on a GPU, where more delay launches; else a core is left to neighbours."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ENGINE_THREADS or max(1, available - 1)
+    return ENGINE_THREADS or (1 if backend != "llama.cpp" and gpu_devices() else max(1, available - 1))
 
 
 ENGINE_OVERHEAD_BYTES = 2048 * MEBIBYTE  # activations, CUDA graphs and contexts beside weights and KV cache
@@ -3776,38 +3750,29 @@ def adapter_rank(meta: ModelMeta) -> int:
 
 
 def _engine_spec(meta: ModelMeta, backend: str, quantization: str) -> EngineSpec:
-    limit = min(meta.context_length or MAX_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH)
     weights, devices = weight_bytes(meta, quantization), gpu_devices()
     tensor_parallel = tensor_parallel_size(weights, devices)
     cache, share = kv_cache_bytes(weights, devices[: tensor_parallel * PIPELINE_PARALLEL_SIZE])
     return EngineSpec(
-        backend=backend,
-        model=meta.name,
-        path=meta.local_path,
+        backend=backend, model=meta.name, path=meta.local_path, trust_remote_code=meta.trust_remote_code,
         quantization=meta.stored_quantization if backend == "llama.cpp" else quantization,
-        trust_remote_code=meta.trust_remote_code,
-        threads=engine_threads(backend),
-        context_length=limit,
-        parallel=MAX_PARALLEL,
+        context_length=min(meta.context_length or MAX_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH),
         chat_template=None if meta.has_chat_template else PLAIN_CHAT_TEMPLATE,
-        kv_cache_bytes=cache,
-        memory_share=share,
-        tensor_parallel=tensor_parallel,
-        pipeline_parallel=PIPELINE_PARALLEL_SIZE,
-        executor=DISTRIBUTED_EXECUTOR,
-        adapter_rank=adapter_rank(meta),
-        overrides=meta.vllm,
-    )
+        threads=compute_threads(backend), parallel=MAX_PARALLEL, kv_cache_bytes=cache, memory_share=share,
+        tensor_parallel=tensor_parallel, pipeline_parallel=PIPELINE_PARALLEL_SIZE, executor=DISTRIBUTED_EXECUTOR,
+        adapter_rank=adapter_rank(meta), overrides=meta.vllm,
+    )  # fmt: skip
 
 
 def predicted_bytes(meta: ModelMeta, backend: str, quantization: str) -> int:
     """What a load will take of the device, or of host memory: as the last one, else weights, KV cache and overhead."""
     if meta.memory_bytes and meta.last_backend == backend:
         return meta.memory_bytes
-    weights, devices = weight_bytes(meta, quantization), gpu_devices()
+    weights = weight_bytes(meta, quantization)
     if backend == "vllm":
-        used = devices[: tensor_parallel_size(weights, devices) * PIPELINE_PARALLEL_SIZE]
-        return weights + len(used or "-") * (kv_cache_bytes(weights, used)[0] + (ENGINE_OVERHEAD_BYTES if used else 0))
+        spec = _engine_spec(meta, backend, quantization)
+        devices = min(len(gpu_devices()), spec.tensor_parallel * spec.pipeline_parallel)
+        return weights + max(1, devices) * spec.kv_cache_bytes + devices * ENGINE_OVERHEAD_BYTES
     return weights + meta.kv_bytes_per_token * min(meta.context_length, MAX_CONTEXT_LENGTH) + 512 * MEBIBYTE
 
 
@@ -3841,9 +3806,8 @@ def _check_may_load(meta: ModelMeta) -> None:
     if meta.embedding:
         raise BadRequest(f'"{meta.name}" does not support chat: it is an embedding model.')
     if (wait := _in_cooldown(meta.name)) > 0:
-        _, why = failed_loads[meta.name]
-        text = f"Model {meta.name} failed recently, in cooldown ({wait:.0f}s). Pulling it again ends that. Cause: {why}"
-        raise InCooldown(text, retry_after=wait)
+        text = f"Model {meta.name} failed recently, in cooldown ({wait:.0f}s). Pulling it again ends that. Cause: "
+        raise InCooldown(text + failed_loads[meta.name][1], retry_after=wait)
     deaths = engine_deaths.get(meta.name, deque())
     if len(deaths) == CRASH_LOOP_DEATHS and (wait := deaths[0] + CRASH_LOOP_SECONDS - time.monotonic()) > 0:
         text = f"The engine of {meta.name} died {len(deaths)} times in {CRASH_LOOP_SECONDS:.0f} s; the log says why."
@@ -3853,11 +3817,9 @@ def _check_may_load(meta: ModelMeta) -> None:
 async def load_model(name: str) -> EngineProcess:
     """Load a model by the ladder, or join the load under way; all who wait get the same engine or the same error."""
     meta = find_model(name)
-    task = loads_in_progress.get(meta.name)
-    if task is None:
+    if (task := loads_in_progress.get(meta.name)) is None:
         _check_may_load(meta)
-        task = asyncio.create_task(_load(meta))
-        loads_in_progress[meta.name] = task
+        task = loads_in_progress[meta.name] = asyncio.create_task(_load(meta))
         task.add_done_callback(lambda done: (loads_in_progress.pop(meta.name), done.cancelled() or done.exception()))
     return await asyncio.shield(task)
 
@@ -3896,8 +3858,8 @@ async def _wake(engine: EngineProcess) -> EngineProcess:
 
 
 async def _climb_ladder(meta: ModelMeta) -> EngineProcess:
-    """Try rung after rung, each in a fresh child; keep what each said in the model's ladder. Raises NoBackend."""
-    quantization = _decided_quantization(meta)
+    """Try rung after rung, each in a fresh child; the ladder keeps what each said. Raises NoBackend with all of it."""
+    quantization, failure = _decided_quantization(meta), NoBackend
     meta.ladder = []
     for backend in rungs(meta):
         try:
@@ -3905,20 +3867,20 @@ async def _climb_ladder(meta: ModelMeta) -> EngineProcess:
         except ServerError as refusal:
             meta.ladder.append(Rung(backend, "refused", str(refusal), refusal.kind))
             log.warning("%s refuses %s: %s", backend, meta.name, refusal)
-            if isinstance(refusal, STOPS_THE_LADDER):
+            if isinstance(refusal, (BadModelFiles, Misconfigured, NoCapacity)):  # another engine would not help
                 raise
+            failure = RemoteCodeNotGranted if isinstance(refusal, RemoteCodeNotGranted) else NoBackend
     reasons = "; ".join(f"{rung.backend}: {rung.reason}" for rung in meta.ladder)
-    raise NoBackend(f"No inference backend available: {reasons}")
+    raise failure(f"No inference backend available: {reasons}")
 
 
 async def _try_rung(meta: ModelMeta, backend: str, quantization: str) -> EngineProcess:
-    """Start one engine. Raises its refusal."""
+    """Start one engine, if memory runs out once more without the idle models. Raises its refusal."""
     if reason := cheap_refusal(meta, backend, quantization):
         raise RungRefused(reason)
     if backend == "pipeline" and meta.custom_code and not meta.trust_remote_code:
-        earlier = "; ".join(f"{rung.backend}: {rung.reason}" for rung in meta.ladder)
         raise RemoteCodeNotGranted(
-            f"No inference backend available: {earlier}; pipeline: {meta.name} needs custom code from its repository. "
+            f"{meta.name} needs custom code from its repository. "
             'If you trust it, grant that with POST /pull {"model": ..., "trust_remote_code": true}.'
         )
     await _evict_lru_if_needed(predicted_bytes(meta, backend, quantization))
@@ -3944,37 +3906,29 @@ async def _child_for(backend: str) -> ChildProcess:
         if await standby.prepared and standby.child.process.returncode is None:
             return standby.child
         await standby.child.stop()
-    return await _spawn_engine(backend)
-
-
-async def _spawn_engine(backend: str) -> ChildProcess:
     python = ENGINE_PYTHON_VLLM if backend == "vllm" else ""  # vLLM may live in an environment of its own
-    return await ChildProcess.spawn("--engine", _child_environment(engine_threads(backend)), python)
+    return await ChildProcess.spawn("--engine", _child_environment(compute_threads(backend)), python)
 
 
 async def keep_standbys() -> None:
-    """Keep a prepared child for every engine that the next load may want, while nothing loads and memory allows."""
-    broken = set[str]()
+    """Keep a prepared child for every engine of STANDBY_ENGINES, while nothing loads and memory allows.
+
+    `auto` is the first installed rung of the ladder, while there is a model on disk that is not in memory.
+    """
+    auto = STANDBY_ENGINES == ("auto",)
+    names = LADDER if auto else STANDBY_ENGINES
+    usable = [name for name in names if name in ENGINE_LIBRARIES and not engine_unavailable(name)]
+    usable = usable[:1] if auto else usable
     while True:
-        busy = loads_in_progress or psutil.virtual_memory().available < HOST_MEMORY_RESERVE
-        for backend in () if busy else _wanted_standbys() - standbys.keys() - broken:
+        wanted = not auto or any(meta.format != "gguf" and meta.name not in model_cache for meta in model_meta.values())
+        free = not loads_in_progress and psutil.virtual_memory().available >= HOST_MEMORY_RESERVE
+        for backend in [name for name in usable if name not in standbys] if wanted and free else []:
             try:
-                standbys[backend] = Standby(await _spawn_engine(backend), backend)
+                standbys[backend] = Standby(await _child_for(backend), backend)
             except ServerError as error:
                 log.warning("No standby for %s: %s", backend, error)
-                broken.add(backend)
+                usable.remove(backend)
         await asyncio.sleep(1)
-
-
-def _wanted_standbys() -> set[str]:
-    """The engines of STANDBY_ENGINES; `auto` is the first installed rung of every model that is not in memory."""
-    if STANDBY_ENGINES != ("auto",):
-        return {name for name in STANDBY_ENGINES if name in ENGINE_LIBRARIES and not engine_unavailable(name)}
-    waiting = [meta for meta in model_meta.values() if meta.name not in model_cache and meta.format == "safetensors"]
-    ladders = {
-        rungs(meta) for meta in waiting
-    }  # few, where models are many: what is installed is looked up on the disk
-    return {next((rung for rung in ladder if not engine_unavailable(rung)), "") for ladder in ladders} - {""}
 
 
 async def _cache_model(meta: ModelMeta, engine: EngineProcess) -> None:
@@ -4034,18 +3988,17 @@ def _choose_victim(missing: int, crowded: bool, keep: EngineProcess | None = Non
     """One idle model whose leaving is enough, else the least recently used one; sleeping ones last, `keep` never."""
     free = [engine for engine in model_cache.values() if engine.pins == 0 and engine is not keep]
     idle = [engine for engine in free if not engine.asleep]
-    enough = (engine for engine in idle if (model_meta[engine.spec.model].memory_bytes or 0) >= missing)
-    return next(enough, None) or next(iter(idle), None) or (None if crowded else next(iter(free), None))
+    enough = [engine for engine in idle if (model_meta[engine.spec.model].memory_bytes or 0) >= missing]
+    return next(iter(enough + idle + ([] if crowded else free)), None)
 
 
 async def retire_engine(engine: EngineProcess) -> None:
     """Take an idle model off the device: asleep where its engine can and host memory allows, else stopped."""
     asleep = [other for other in model_cache.values() if other.asleep]
-    weights = weight_bytes(model_meta[engine.spec.model], engine.spec.quantization)
-    room = MAX_SLEEPING_MODELS and psutil.virtual_memory().available - HOST_MEMORY_RESERVE >= weights
+    spare = psutil.virtual_memory().available - HOST_MEMORY_RESERVE
+    room = MAX_SLEEPING_MODELS and spare >= weight_bytes(model_meta[engine.spec.model], engine.spec.quantization)
     if not (room and engine.info.can_sleep) or engine.outdated:
-        await _drop_engine(engine)
-        return
+        return await _drop_engine(engine)
     if len(asleep) >= MAX_SLEEPING_MODELS:
         await _drop_engine(asleep[0])
     try:
@@ -4053,7 +4006,6 @@ async def retire_engine(engine: EngineProcess) -> None:
     except ServerError as error:
         log.warning("%s cannot sleep and is stopped: %s", engine.spec.model, error)
         await _drop_engine(engine)
-    places_changed.fire()
 
 
 async def _drop_engine(engine: EngineProcess) -> None:
@@ -4061,25 +4013,24 @@ async def _drop_engine(engine: EngineProcess) -> None:
     if model_cache.get(engine.spec.model) is engine:
         del model_cache[engine.spec.model]
     _keep_reclaimed(engine, "Unloaded", await engine.stop())
-    places_changed.fire()
 
 
 def _keep_reclaimed(engine: EngineProcess, what: str, reclaimed: Reclaimed) -> None:
-    """Log what a model gave back, and show it in /models."""
+    """Log what a model gave back, show it in /models, and wake who waits for a place."""
     if engine.spec.model in model_meta:
         model_meta[engine.spec.model].last_reclaim = msgspec.to_builtins(reclaimed)
     log.info(
         "%s %s: held %.0f MiB on %s, %.0f MiB not given back, %.2f s", what, engine.spec.model,
         reclaimed.held_bytes / MEBIBYTE, reclaimed.device, reclaimed.leaked_bytes / MEBIBYTE, reclaimed.seconds,
     )  # fmt: skip
+    places_changed.fire()
 
 
 def _outdate_engine(name: str) -> None:
     """A model was pulled again with other files or grants: its engine goes as soon as nobody uses it."""
     if (engine := model_cache.get(name)) is not None:
         engine.outdated = True
-        engine.pin(engine.keep_alive)
-        engine.unpin(_expire)
+        _expire(engine)
 
 
 def _expire_when_idle(name: str) -> None:
@@ -4090,32 +4041,30 @@ def _expire_when_idle(name: str) -> None:
 
 
 def _expire(engine: EngineProcess) -> None:
-    """The keep-alive time of an idle model is over."""
-    task = asyncio.get_running_loop().create_task(_unload_if_idle(engine))
+    """Retire a model whose keep-alive time is over, if nobody uses it by the time the device is free."""
+
+    async def retire_if_idle() -> None:
+        async with device_lock:
+            due = engine.pins == 0 and (engine.outdated or not engine.asleep)
+            if due and model_cache.get(engine.spec.model) is engine:
+                log.info("Keep-alive of %s is over", engine.spec.model)
+                await retire_engine(engine)
+
+    task = asyncio.get_running_loop().create_task(retire_if_idle())
     expiries.add(task)
     task.add_done_callback(expiries.discard)
 
 
-async def _unload_if_idle(engine: EngineProcess) -> None:
+async def unload_model(raw: str, retire: Callable[[EngineProcess], Awaitable[None]] = _drop_engine) -> None:
+    """Take a model out of memory if it is there, or by `retire_engine` off the device. Raises InUse."""
+    name = find_model(raw).name
     async with device_lock:
-        due = engine.pins == 0 and (engine.outdated or not engine.asleep)
-        if due and model_cache.get(engine.spec.model) is engine:
-            log.info("Keep-alive of %s is over", engine.spec.model)
-            await retire_engine(engine)
-
-
-async def unload_model(raw: str, retire: Callable[[EngineProcess], Awaitable[None]] = _drop_engine) -> bool:
-    """Take a model out of memory, or by `retire_engine` off the device; false if it is not there. Raises InUse."""
-    meta = find_model(raw)
-    async with device_lock:
-        engine = model_cache.get(meta.name)
-        if engine is None:
-            return False
+        if (engine := model_cache.get(name)) is None:
+            return
         if engine.pins:
-            raise InUse(f"Model {meta.name} is in use by {engine.pins} request(s). Try again when they are through.")
+            raise InUse(f"Model {name} is in use by {engine.pins} request(s). Try again when they are through.")
         if not engine.asleep or retire is _drop_engine:
             await retire(engine)
-        return True
 
 
 async def unload_all() -> None:
@@ -4124,7 +4073,7 @@ async def unload_all() -> None:
         task.cancel()
     await asyncio.gather(*loads_in_progress.values(), return_exceptions=True)
     await asyncio.gather(*(standby.child.stop() for standby in standbys.values()))
-    await asyncio.gather(*(_drop_engine(engine) for engine in list(model_cache.values())))
+    await asyncio.gather(*map(_drop_engine, list(model_cache.values())))
 
 
 @asynccontextmanager
@@ -4156,18 +4105,16 @@ async def _pinned(meta: ModelMeta, keep_alive: float | None) -> EngineProcess:
 
 def describe(meta: ModelMeta) -> Json:
     """A model as /models shows it: its facts, its ladder, and what is in memory now."""
-    engine = model_cache.get(meta.name)
-    ready = "asleep" if engine and engine.asleep else "ready"
-    state = "loading" if meta.name in loads_in_progress else ready if engine else "local"
+    engine, wait = model_cache.get(meta.name), _in_cooldown(meta.name)
+    state = "local" if engine is None else "asleep" if engine.asleep else "ready"
+    state = "loading" if meta.name in loads_in_progress else state
     shown: Json = {"name": meta.name, "state": state, "loaded": engine is not None}
-    shown |= {"backend": None, "quantization": None, "pins": 0, "expires_at": None, "cooldown_seconds": None}
-    shown |= msgspec.to_builtins(meta)
+    shown |= {"backend": None, "quantization": None, "pins": 0, "expires_at": None}
+    shown |= {"cooldown_seconds": round(wait, 1) if wait else None, **msgspec.to_builtins(meta)}
     if engine is not None:
         expires = engine.expires_at and iso_time(datetime.fromtimestamp(engine.expires_at, UTC))
         shown |= {"backend": engine.spec.backend, "quantization": engine.info.quantization, "pins": engine.pins}
         shown |= {"expires_at": expires, "engine": msgspec.to_builtins(engine.info), "pid": engine.pid}
-    if (wait := _in_cooldown(meta.name)) > 0:
-        shown["cooldown_seconds"] = round(wait, 1)
     return shown
 
 
@@ -4177,30 +4124,12 @@ def _version_of(package: str) -> str | None:
     return None
 
 
-def cuda_facts() -> Json:
-    """Whether engines can use CUDA: a device that answers, and a torch (which is not imported) built for it."""
-    devices, spec = gpu_devices(), importlib.util.find_spec("torch")
-    source = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8") if spec and spec.origin else ""
-    found = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", source, re.MULTILINE)
-    driver = devices[0]["driver"] if devices else None
-    return {"available": bool(devices and found), "version": found and found[1], "driver": driver}
-
-
-def _configuration_line() -> str:
-    """One line for the log: what this server found at its start."""
-    packages = ", ".join(f"{name} {_version_of(name)}" for name in ("torch", "transformers", "xllamacpp"))
-    cuda = cuda_facts()
-    return (
-        f"ai-server {__version__}, {packages}, CUDA {cuda['version'] if cuda['available'] else 'not available'}, "
-        f"threads={compute_threads()}, MAX_CACHE_MODELS={MAX_CACHE_MODELS}, STATE_DIR={STATE_DIR}, HF_HOME={HF_HOME}"
-    )
-
-
 def public_settings() -> Json:
     """Every setting and its value, without secrets."""
-    public = {name: value for name, value in SETTINGS.items() if not SECRET_SETTINGS.search(name)}
     return {
-        name: str(value) if isinstance(value, Path) or value == FOREVER else value for name, value in public.items()
+        name: str(value) if isinstance(value, Path) or value == FOREVER else value
+        for name, value in SETTINGS.items()
+        if not SECRET_SETTINGS.search(name)
     }
 
 
@@ -4208,25 +4137,36 @@ def diagnosis() -> Json:
     """What /diag answers. Blocking: it asks the device and the file system."""
     packages = ("torch", "transformers", "accelerate", "bitsandbytes", "vllm", "xllamacpp", "huggingface_hub")
     reasons = {backend: engine_unavailable(backend) for backend in ENGINE_LIBRARIES}
-    memory = psutil.virtual_memory()
+    memory, mine = psutil.virtual_memory(), _resident_bytes(psutil.Process())
+    devices, torch = gpu_devices(), importlib.util.find_spec("torch")  # torch itself is never imported here
+    facts = Path(torch.origin).with_name("version.py").read_text(encoding="utf-8") if torch and torch.origin else ""
+    cuda = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", facts, re.MULTILINE)
+    driver = devices[0]["driver"] if devices else None
     return {
         "version": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {package: _version_of(package) for package in (*packages, "fastapi")},
-        "cuda": cuda_facts(),
-        "devices": [*gpu_devices(), {"kind": "cpu", "index": 0, "name": platform.machine(), "cores": os.cpu_count()}],
+        "cuda": {"available": bool(devices and cuda), "version": cuda and cuda[1], "driver": driver},
+        "devices": [*devices, {"kind": "cpu", "index": 0, "name": platform.machine(), "cores": os.cpu_count()}],
         "engines": {name: {"available": not reason, "reason": reason or None} for name, reason in reasons.items()},
-        "memory": {
-            "total_bytes": memory.total,
-            "available_bytes": memory.available,
-            "server_bytes": _resident_bytes(psutil.Process()),
-        },
+        "memory": {"total_bytes": memory.total, "available_bytes": memory.available, "server_bytes": mine},
         "threads": compute_threads(),
         "loaded": list(model_cache),
         "standbys": {backend: standby.state for backend, standby in standbys.items()},
         "settings": public_settings(),
     }
+
+
+def _configuration_line() -> str:
+    """One line for the log: what this server found at its start."""
+    found = diagnosis()
+    packages = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "transformers", "xllamacpp"))
+    cuda = found["cuda"]["version"] if found["cuda"]["available"] else "not available"
+    return (
+        f"ai-server {__version__}, {packages}, CUDA {cuda}, threads={found['threads']}, "
+        f"MAX_CACHE_MODELS={MAX_CACHE_MODELS}, STATE_DIR={STATE_DIR}, HF_HOME={HF_HOME}"
+    )
 
 
 ###############################################################################

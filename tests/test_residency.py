@@ -351,7 +351,8 @@ def test_a_standby_that_does_not_start_is_no_end_of_standbys(monkeypatch: pytest
         return bool(ended)
 
     monkeypatch.setattr(app, "HOST_MEMORY_RESERVE", 0)
-    monkeypatch.setattr(app, "_wanted_standbys", lambda: {"vllm"})
+    monkeypatch.setattr(app, "STANDBY_ENGINES", ("vllm",))
+    monkeypatch.setattr(app, "engine_unavailable", lambda _: "")
     assert asyncio.run(scenario()) is False
 
 

@@ -488,7 +488,7 @@ def test_the_store_asks_sqlite_for_durability(store: app.Store, setting: str, va
 
     async def scenario() -> object:
         await store.save_job(app.Job("job_1", "a/b"))
-        return await store._run(lambda database: database.execute(f"PRAGMA {setting}").fetchone()[0])
+        return (await store._run(f"PRAGMA {setting}"))[0][0]
 
     assert asyncio.run(scenario()) == value
 
