@@ -986,6 +986,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
     executor: str = ""
     adapter_rank: int = 0
     overrides: dict[str, Any] = {}
+    purpose: str = "completion"
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -1807,11 +1808,88 @@ def _first_sentence(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__).removeprefix("Value error, ").split(" [type=")[0][:500]
 
 
+class SentenceTransformersEngine(Engine):
+    """Embedding models and cross-encoders on sentence-transformers: one batch at a time, on a thread of its own."""
+
+    async def prepare(self) -> None:
+        """Import the library."""
+        import sentence_transformers  # noqa: F401  (imported for its time only)
+
+    async def load(self, spec: EngineSpec, phase: Callable[[str], None]) -> EngineInfo:
+        """Load the model; torch's threads belong to the thread that it runs on."""
+        await self.prepare()
+        phase("imports")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sentence-transformers")
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._load, spec)
+        phase("weights")
+        count = sum(parameter.numel() for parameter in self._model.parameters())
+        dtype, device = str(self._model.dtype).removeprefix("torch."), str(self._model.device)
+        return EngineInfo("none", self._longest, ("context_length",), count, dtype, device)
+
+    def _load(self, spec: EngineSpec) -> None:
+        import torch
+        from sentence_transformers import CrossEncoder, SentenceTransformer
+
+        torch.set_num_threads(spec.threads)
+        kind = CrossEncoder if spec.purpose == "rerank" else SentenceTransformer
+        self._model = kind(spec.path, local_files_only=True, trust_remote_code=spec.trust_remote_code)
+        self._model.eval()
+        self._longest = int(self._model.max_seq_length or spec.context_length)
+
+    async def work(self, request: ChatRequest) -> tuple[Any, int]:
+        """Vectors for the inputs, scores for the documents after the query, or what the tokenizer says."""
+        task = getattr(self, f"_{request.task}", None) or super().work
+        return cast(tuple[Any, int], await asyncio.get_running_loop().run_in_executor(self._thread, task, request))
+
+    async def pulse(self) -> None:
+        """A turn on the thread comes when the batch before it is through."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, int)
+
+    def _texts(self, request: ChatRequest) -> list[str]:
+        decode = functools.partial(self._model.tokenizer.decode, skip_special_tokens=True)
+        return [one if isinstance(one, str) else decode(list(one)) for one in request.inputs]
+
+    def _fit(self, request: ChatRequest, *texts: list[str]) -> int:
+        """Set the length at which inputs are cut, and count tokens. Raises ContextLengthExceeded."""
+        limit = min(self._longest, request.sampling.context_length or self._longest)
+        lengths = [len(ids) for ids in self._model.tokenizer(*texts, truncation=False)["input_ids"]]
+        if max(lengths) > limit and not request.truncate:
+            raise ContextLengthExceeded(
+                f"the input length exceeds the context length: an input has {max(lengths)} tokens, and {limit} fit."
+            )
+        if limit < 3:  # nothing beside the tokens that begin and end every input
+            raise ContextLengthExceeded("input after truncation exceeds maximum context length")
+        self._model.max_seq_length = limit
+        return sum(min(length, limit) for length in lengths)
+
+    def _embed(self, request: ChatRequest) -> tuple[Any, int]:
+        texts = self._texts(request)
+        tokens = self._fit(request, texts)
+        vectors = self._model.encode(texts, convert_to_numpy=True, show_progress_bar=False)
+        if not bool((abs(vectors) < math.inf).all()):
+            raise BadRequest("embedding contains NaN or Inf values")
+        return vectors.tolist(), tokens
+
+    def _rerank(self, request: ChatRequest) -> tuple[Any, int]:
+        query, *documents = self._texts(request)
+        tokens = self._fit(request, [query] * len(documents), documents)
+        scores = self._model.predict([(query, document) for document in documents], show_progress_bar=False)
+        return [float(score) for score in scores], tokens
+
+    def _tokenize(self, request: ChatRequest) -> tuple[Any, int]:
+        ids = self._model.tokenizer(self._texts(request)[0], truncation=False)["input_ids"]
+        return list(ids), len(ids)
+
+    def _detokenize(self, request: ChatRequest) -> tuple[Any, int]:
+        return self._texts(request)[0], len(request.inputs[0])
+
+
 ENGINES: dict[str, type[Engine]] = {
     "vllm": VLLMEngine,
     "llama.cpp": LlamaCppEngine,
     "transformers": TransformersEngine,
     "pipeline": PipelineEngine,
+    "sentence-transformers": SentenceTransformersEngine,
 }
 
 
@@ -3516,6 +3594,8 @@ async def restore_state() -> None:
     """Read jobs and models back; unfinished jobs go on by themselves, models whose files are gone are dropped."""
     saved_jobs, saved_models = await store.load()
     present = await asyncio.to_thread(lambda: [meta for meta in saved_models if Path(meta.local_path).exists()])
+    for meta in present:  # what an earlier version saved has none
+        meta.capabilities = meta.capabilities or ["embedding" if meta.embedding else "completion"]
     model_meta.update({meta.name: meta for meta in present})
     for name in {meta.name for meta in saved_models} - model_meta.keys():
         log.warning("The files of %s are gone; pull it again", name)
@@ -3662,7 +3742,11 @@ def _hub_cause(error: BaseException) -> tuple[str, str]:
 
 LADDER = ("vllm", "transformers", "pipeline")
 TORCH_LIBRARIES = ("torch", "transformers", "accelerate")
-ENGINE_LIBRARIES = dict.fromkeys(LADDER[1:], TORCH_LIBRARIES) | {"vllm": ("vllm",), "llama.cpp": ("xllamacpp",)}
+ENGINE_LIBRARIES = dict.fromkeys(LADDER[1:], TORCH_LIBRARIES) | {
+    "vllm": ("vllm",),
+    "llama.cpp": ("xllamacpp",),
+    "sentence-transformers": ("sentence_transformers",),
+}
 
 
 def engine_unavailable(backend: str) -> str:
@@ -3688,7 +3772,14 @@ def _decided_quantization(meta: ModelMeta) -> str:
 
 def rungs(meta: ModelMeta) -> tuple[str, ...]:
     """The engines to try, in order."""
-    return ("llama.cpp",) if meta.format == "gguf" else LADDER
+    if meta.format == "gguf":
+        return ("llama.cpp",)
+    return LADDER if purpose_of(meta) == "completion" else ("sentence-transformers",)
+
+
+def purpose_of(meta: ModelMeta) -> str:
+    """What a model is loaded for: completion, embedding or rerank."""
+    return next((one for one in ("embedding", "rerank") if one in meta.capabilities), "completion")
 
 
 def cheap_refusal(meta: ModelMeta, backend: str, quantization: str) -> str:
@@ -3760,7 +3851,7 @@ def _engine_spec(meta: ModelMeta, backend: str, quantization: str) -> EngineSpec
         chat_template=None if meta.has_chat_template else PLAIN_CHAT_TEMPLATE,
         threads=compute_threads(backend), parallel=MAX_PARALLEL, kv_cache_bytes=cache, memory_share=share,
         tensor_parallel=tensor_parallel, pipeline_parallel=PIPELINE_PARALLEL_SIZE, executor=DISTRIBUTED_EXECUTOR,
-        adapter_rank=adapter_rank(meta), overrides=meta.vllm,
+        adapter_rank=adapter_rank(meta), overrides=meta.vllm, purpose=purpose_of(meta),
     )  # fmt: skip
 
 
@@ -3802,9 +3893,7 @@ def _record_death(engine: EngineProcess) -> None:
 
 
 def _check_may_load(meta: ModelMeta) -> None:
-    """Raises InCooldown, CrashLoop, or BadRequest for a model that cannot chat."""
-    if meta.embedding:
-        raise BadRequest(f'"{meta.name}" does not support chat: it is an embedding model.')
+    """Raises InCooldown or CrashLoop."""
     if (wait := _in_cooldown(meta.name)) > 0:
         text = f"Model {meta.name} failed recently, in cooldown ({wait:.0f}s). Pulling it again ends that. Cause: "
         raise InCooldown(text + failed_loads[meta.name][1], retry_after=wait)
