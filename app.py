@@ -2691,7 +2691,7 @@ class PullBody(_Strict):
 
 
 BodyModel = TypeVar("BodyModel", bound=BaseModel)
-UNION_BRANCHES = {"str", "int", "float"}  # pydantic names them like fields in an error's place
+UNION_BRANCH = re.compile(r"str|int|float|bool|[A-Z]\w*|[\w-]+\[.*\]")  # pydantic names them like fields in a place
 
 
 def validated(model: type[BodyModel], body: Body, missing: str = "Missing 'model' in payload") -> BodyModel:
@@ -2704,7 +2704,7 @@ def validated(model: type[BodyModel], body: Body, missing: str = "Missing 'model
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         named = first["loc"][:-2] if first["loc"][-1] == "[key]" else first["loc"]  # a client's own key stays its own
-        place = ".".join(str(part) for part in named if part not in UNION_BRANCHES)
+        place = ".".join(str(part) for part in named if not UNION_BRANCH.fullmatch(str(part)))
         raise BadRequest(f"Field '{place}': {first['msg']}") from error
 
 
@@ -2997,7 +2997,318 @@ NATIVE = Dialect(native_parse, native_stream, native_whole, native_error, ndjson
 
 
 # -- OpenAI: chat, completions, embeddings, rerank -----------------------------
-# (openai dialects here)
+# `temperature` and `top_p` stay unset where a request has none: a model's own defaults apply, not the protocol's 1.0.
+
+Pieces = Callable[[ChatRequest, Any, Event], Iterator[Json]]  # what an event adds to choices, with a memory
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
+EFFORTS: dict[str, bool | str] = {"none": False, "minimal": "low", "xhigh": "max", "ultra": "max"}  # or as it is
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Document = Annotated[str, BeforeValidator(lambda one: one.get("text") if isinstance(one, dict) else one, str | Json)]
+
+
+def _one_or_more(value: Any) -> Any:
+    tokens = isinstance(value, list) and value and all(type(item) is int for item in value)
+    return [value] if tokens or isinstance(value, str) else value
+
+
+Inputs = Annotated[list[str | TokenIds], Field(min_length=1), BeforeValidator(_one_or_more, str | list[Any])]
+
+
+class OpenAIBody(_Strict):
+    """What every endpoint takes; the fields of type Any have no effect on what a reply says."""
+
+    model: Name
+    keep_alive: KeepAlive = None
+    truncate: bool | None = None
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+
+class StreamOptions(_Strict):
+    """What a stream has beside its text."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Any = None
+
+
+class StreamedBody(OpenAIBody):
+    """What the endpoints take that can stream."""
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    options: SamplingBody | None = None
+
+
+class OpenAIMessage(MessageBody):
+    """One turn of the conversation, with what clients send back of a reply."""
+
+    reasoning: str | None = None
+    refusal: Any = None
+    annotations: Any = None
+
+
+class SchemaFormat(_Strict):
+    """The JSON schema that an answer must fit, `strict` or not."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    """What an answer looks like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaFormat | None = None
+
+
+class Reasoning(_Strict):
+    """How hard to think."""
+
+    effort: Effort | None = None
+
+
+class OpenAIChatBody(ConversationBody, StreamedBody):
+    """The body of POST /v1/chat/completions; `options`, `num_ctx`, `think` and the like are Ollama's."""
+
+    messages: list[OpenAIMessage] | None = None  # type: ignore[assignment]
+    max_completion_tokens: TokenCount = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: Effort | None = None
+    reasoning: Reasoning | None = None
+
+
+class CompletionBody(SamplingBody, StreamedBody):
+    """The body of POST /v1/completions; each prompt is a text or token ids. `best_of` is named as ignored."""
+
+    prompt: Inputs
+    suffix: str | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None  # type: ignore[assignment]
+
+
+class EmbeddingsBody(OpenAIBody):
+    """The body of POST /v1/embeddings; each input is a text or token ids."""
+
+    input: Inputs
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int | None, Field(ge=1)] = None
+
+
+class RerankBody(OpenAIBody):
+    """The body of POST /v1/rerank; a document is a text, or {"text": a text}."""
+
+    query: str
+    documents: Annotated[list[Document], Field(min_length=1)]
+    top_n: Annotated[int | None, Field(ge=1)] = None
+    return_documents: bool = False
+
+
+def _openai_wire(prefix: str, body: StreamedBody) -> Json:
+    """What all parts of a reply have in common. Raises BadRequest for `stream_options` without a stream."""
+    if body.stream_options and not body.stream:
+        raise BadRequest("Field 'stream_options': it is only allowed when 'stream' is true.")
+    head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
+    usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    return {"head": {**head, "system_fingerprint": f"fp_{__version__}"}, "usage": usage}
+
+
+def openai_chat_parse(body: Body) -> ChatRequest:
+    """Read the body of POST /v1/chat/completions; an effort is no more than a wish, `think` an order."""
+    chat = validated(OpenAIChatBody, body)
+    if not chat.messages:
+        raise BadRequest("[] is too short - 'messages'")
+    for message in chat.messages:
+        message.thinking = message.thinking or message.reasoning
+    wanted: Json = {"max_tokens": chat.max_completion_tokens}
+    if (shape := chat.response_format) and shape.type != "text":
+        if shape.type == "json_schema" and shape.json_schema is None:
+            raise BadRequest("Field 'response_format.json_schema': Field required")
+        wanted["format"] = shape.json_schema.schema_ if shape.json_schema else "json"
+    effort = chat.reasoning_effort or (chat.reasoning.effort if chat.reasoning else None)
+    wish: Json = {"think": EFFORTS.get(effort, effort), "think_if_able": True} if effort and chat.think is None else {}
+    sampling = sampling_of(chat.options, chat, **wanted)
+    return conversation(chat, sampling=sampling, wire=_openai_wire("chatcmpl", chat), **wish)
+
+
+def _openai_task(body: OpenAIBody, task: Task, inputs: Iterable[Any], wire: Json, **more: Any) -> ChatRequest:
+    """The request that is no conversation, streamed only if `more` says so."""
+    fields = {"keep_alive": keep_alive_of(body.keep_alive), "ignored": tuple(unknown_fields(body)), "stream": False}
+    texts = tuple(each if isinstance(each, str) else tuple(each) for each in inputs)
+    return ChatRequest(body.model, task=task, inputs=texts, truncate=bool(body.truncate), wire=wire, **fields | more)
+
+
+def openai_completions_parse(body: Body) -> ChatRequest:
+    """Read the body of POST /v1/completions."""
+    asked = validated(CompletionBody, body)
+    own = {"logprobs": asked.logprobs is not None or None, "top_logprobs": asked.logprobs, "echo": asked.echo or None}
+    more = {"stream": bool(asked.stream), "sampling": sampling_of(asked.options, asked, **own)}
+    wire = _openai_wire("cmpl", asked)
+    return _openai_task(asked, "complete", asked.prompt, wire, suffix=asked.suffix or "", **more)
+
+
+def openai_embeddings_parse(body: Body) -> ChatRequest:
+    """Read the body of POST /v1/embeddings."""
+    asked = validated(EmbeddingsBody, body)
+    wire = {"base64": asked.encoding_format == "base64"}
+    return _openai_task(asked, "embed", asked.input, wire, dimensions=asked.dimensions)
+
+
+def rerank_parse(body: Body) -> ChatRequest:
+    """Read the body of POST /v1/rerank."""
+    asked = validated(RerankBody, body)
+    wire = {"id": f"rerank-{secrets.token_hex(12)}", "top_n": asked.top_n, "documents": asked.return_documents}
+    return _openai_task(asked, "rerank", (asked.query, *asked.documents), wire)
+
+
+def openai_usage(done: Done) -> Json:
+    """The counts of a reply and all its choices."""
+    total = done.prompt_tokens + done.completion_tokens
+    usage = {"prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens, "total_tokens": total}
+    return {**usage, "prompt_tokens_details": {"cached_tokens": done.cached_tokens}}
+
+
+def _openai_stream(kind: str, pieces: Pieces, memory: type, request: ChatRequest) -> Callable[[Event], Iterator[Frame]]:
+    """The chunks of a stream: what each event adds to a choice; if asked for, the usage alone in the last one."""
+    told, remembered, ended = request.wire["usage"], memory(), set[int]()
+    head = {"object": kind, **request.wire["head"], **({"usage": None} if told else {})}
+
+    def feed(event: Event) -> Iterator[Frame]:
+        if not isinstance(event, Done) or event.index not in ended:  # the end of all follows the end of each
+            yield from ((None, {**head, "choices": [choice]}) for choice in pieces(request, remembered, event))
+        if isinstance(event, Done):
+            ended.add(event.index)
+        if told and isinstance(event, Done) and event.last:
+            yield None, {**head, "choices": [], "usage": openai_usage(event)}
+
+    return feed
+
+
+def _openai_whole(kind: str, choice_of: Callable[[int, Choice], Json], request: ChatRequest, reply: Reply) -> Json:
+    choices = [choice_of(index, choice) for index, choice in enumerate(reply.choices)]
+    return {"object": kind, **request.wire["head"], "choices": choices, "usage": openai_usage(reply.done)}
+
+
+def _part(name: str, index: int, said: Json, tokens: Iterable[TokenLogprob] = (), reason: str | None = None) -> Json:
+    content = logprobs_json(tokens)
+    told = {"content": content, "refusal": None} if content else None
+    return {"index": index, name: said, "logprobs": told, "finish_reason": reason}
+
+
+def _chat_pieces(request: ChatRequest, collector: CallCollector, event: Event) -> Iterator[Json]:
+    """First the roles; the id and the name of a call once; `{}` where a call ends without arguments."""
+    if (ended := collector.feed(event)) and isinstance(event, ToolCall | Done) and not ended[1].arguments:
+        yield _part("delta", event.index, {"tool_calls": [{"index": ended[0], "function": {"arguments": "{}"}}]})
+    match event:
+        case Started():
+            head = {"role": "assistant", "content": ""}
+            yield from (_part("delta", index, head) for index in range(request.width()))
+        case Text(text, logprobs, index):
+            yield _part("delta", index, {"content": text}, logprobs)
+        case Thinking(text, index):
+            yield _part("delta", index, {"reasoning": text, "reasoning_content": text})
+        case ToolCall(call, id, name, arguments, index):
+            named = {"id": id, "type": "function"} if id else {}
+            function = {"name": name, "arguments": arguments} if id else {"arguments": arguments}
+            yield _part("delta", index, {"tool_calls": [{"index": call, **named, "function": function}]})
+        case Done():
+            yield _part("delta", event.index, {}, (), event.reason)
+
+
+def _chat_choice(index: int, choice: Choice) -> Json:
+    message: Json = {"role": "assistant", "content": choice.text or (None if choice.calls else "")}
+    message |= {"refusal": None, "annotations": []}
+    if choice.thinking:
+        message |= {"reasoning": choice.thinking, "reasoning_content": choice.thinking}
+    for call in choice.calls:
+        function = {"name": call.name, "arguments": call.arguments or "{}"}
+        message.setdefault("tool_calls", []).append({"id": call.id, "type": "function", "function": function})
+    return _part("message", index, message, choice.logprobs, choice.reason)
+
+
+def _text_choice(index: int, choice: Choice, reason: str | None, offsets: dict[int, int]) -> Json:
+    """A choice of a completion, or a piece of one; an echo's first token has no log-probability, which is NaN."""
+    told: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for one in choice.logprobs:
+        known = not math.isnan(one.logprob)
+        told["tokens"].append(one.token)
+        told["token_logprobs"].append(one.logprob if known else None)
+        told["top_logprobs"].append({each.token: each.logprob for each in (one, *one.top)} if known else None)
+        told["text_offset"].append(offsets.setdefault(index, 0))
+        offsets[index] += sum(byte & 0xC0 != 0x80 for byte in one.data)  # the characters that begin in this token
+    return {"index": index, "text": choice.text, "logprobs": told if choice.logprobs else None, "finish_reason": reason}
+
+
+def _text_pieces(_: ChatRequest, offsets: dict[int, int], event: Event) -> Iterator[Json]:
+    if isinstance(event, Text):
+        yield _text_choice(event.index, Choice(event.text, logprobs=list(event.logprobs)), None, offsets)
+    elif isinstance(event, Done):
+        yield _text_choice(event.index, Choice(), event.reason, offsets)
+
+
+def unit_vector(vector: list[float], dimensions: int | None = None) -> list[float]:
+    """The first `dimensions` of a vector, made to have the length 1."""
+    length = math.hypot(*vector[:dimensions]) or 1.0
+    return [value / length for value in vector[:dimensions]]
+
+
+def openai_embeddings_whole(request: ChatRequest, reply: Reply) -> Json:
+    """A vector for each input, in their order: numbers, or base64 of little-endian 32 bit floats."""
+    vectors: list[Any] = [unit_vector(each, request.dimensions) for each in reply.result]
+    if request.wire["base64"]:
+        vectors = [base64.b64encode(struct.pack(f"<{len(each)}f", *each)).decode() for each in vectors]
+    data = [{"object": "embedding", "index": index, "embedding": each} for index, each in enumerate(vectors)]
+    return {"object": "list", "data": data, "model": request.model, "usage": openai_usage(reply.done)}
+
+
+def rerank_whole(request: ChatRequest, reply: Reply) -> Json:
+    """The documents that fit the query best, the best first."""
+    ranked = sorted(enumerate(reply.result), key=lambda each: -each[1])[: request.wire["top_n"]]
+    results = [{"index": index, "relevance_score": score} for index, score in ranked]
+    if request.wire["documents"]:
+        results = [{**each, "document": {"text": request.inputs[each["index"] + 1]}} for each in results]
+    return {"id": request.wire["id"], "model": request.model, "results": results, "usage": openai_usage(reply.done)}
+
+
+def openai_error(error: ServerError) -> Json:
+    """An error with the types and codes that the libraries of this protocol know."""
+    text, code = str(error), error.kind if error.kind == "context_length_exceeded" else None
+    if missing := re.match(r"Model (.+) not found: ", text) if error.status == 404 else None:
+        text, code = f"model '{missing[1]}' not found, try pulling it first", "model_not_found"
+    field = re.search(r"(?:^Field|^Missing| -) '([^']+)'", text)
+    kind = ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"error": {"message": text, "type": kind, "param": field and field[1], "code": code}}
+
+
+_chat_stream = functools.partial(_openai_stream, "chat.completion.chunk", _chat_pieces, CallCollector)
+_text_stream = functools.partial(_openai_stream, "text_completion", _text_pieces, dict)
+_chat_whole = functools.partial(_openai_whole, "chat.completion", _chat_choice)
+_text_whole = functools.partial(_openai_whole, "text_completion", lambda at, one: _text_choice(at, one, one.reason, {}))
+_REST = (openai_error, lambda frame: sse((None, frame[1])), "text/event-stream", b"data: [DONE]\n\n")
+OPENAI_CHAT = Dialect(openai_chat_parse, _chat_stream, _chat_whole, *_REST)
+OPENAI_COMPLETIONS = Dialect(openai_completions_parse, _text_stream, _text_whole, *_REST)
+OPENAI_EMBEDDINGS = Dialect(openai_embeddings_parse, _text_stream, openai_embeddings_whole, *_REST)  # never streams,
+RERANK = Dialect(rerank_parse, _text_stream, rerank_whole, *_REST)  # nor does this
+
+
+def models_json(metas: Iterable[ModelMeta], anthropic: bool, name: str = "") -> Json:
+    """All models, the newest first, as OpenAI lists them, or Anthropic; `name` is what one was asked for by."""
+    data = []
+    for meta in sorted(metas, key=lambda meta: meta.pulled_at, reverse=True):
+        created = int(datetime.fromisoformat(meta.pulled_at).timestamp()) if meta.pulled_at else 0
+        owner, shown = meta.name.rpartition("/")[0] or "library", name or meta.name
+        theirs = {"type": "model", "id": shown, "display_name": shown, "created_at": meta.pulled_at}
+        data.append(theirs if anthropic else {"id": shown, "object": "model", "created": created, "owned_by": owner})
+    if not anthropic:
+        return {"object": "list", "data": data}
+    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+    return {"data": data, "has_more": False, **ends}
 
 
 # -- OpenAI: responses ---------------------------------------------------------
@@ -3008,7 +3319,10 @@ NATIVE = Dialect(native_parse, native_stream, native_whole, native_error, ndjson
 # (anthropic dialect here)
 
 
-PROTOCOLS: tuple[tuple[str, Dialect], ...] = (("/", NATIVE),)  # the first prefix of a path that fits
+PROTOCOLS: tuple[tuple[str, Dialect], ...] = (
+    ("/v1/", OPENAI_CHAT),
+    ("/", NATIVE),
+)  # the first prefix of a path that fits
 
 
 def dialect_of(path: str) -> Dialect:
@@ -4612,7 +4926,26 @@ async def delete_model_endpoint(name: str) -> Json:
 
 
 # -- OpenAI --------------------------------------------------------------------
-# (openai routes here)
+
+
+_answers("/v1/chat/completions", OPENAI_CHAT, OpenAIChatBody, "Answer a conversation as OpenAI does.")
+_answers("/v1/completions", OPENAI_COMPLETIONS, CompletionBody, "Continue texts as OpenAI does.")
+_answers("/v1/embeddings", OPENAI_EMBEDDINGS, EmbeddingsBody, "Make vectors of texts as OpenAI does.")
+_answers("/v1/rerank", RERANK, RerankBody, "Rank documents by how well they fit a query, as Jina and Cohere do.")
+_answers("/api/rerank", RERANK, RerankBody, "The same as /v1/rerank.")
+
+
+@app.get("/v1/models")
+async def openai_models(request: Request) -> Json:
+    """Every model on disk as OpenAI lists them, or as Anthropic does for its clients."""
+    return models_json(model_meta.values(), "anthropic-version" in request.headers)
+
+
+@app.get("/v1/models/{name:path}")
+async def openai_model(name: str, request: Request) -> Json:
+    """One model, in the same forms."""
+    one = models_json([find_model(name)], "anthropic-version" in request.headers, name)
+    return cast(Json, one["data"][0])
 
 
 # -- OpenAI responses and Anthropic --------------------------------------------

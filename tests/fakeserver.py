@@ -3,7 +3,8 @@
 Prompts: `count N` gives N words; `slow N` gives N words, each after a hundredth of a second; `crash N` ends the process
 after N words; `raise` raises inside the engine; `hang` never answers after its first word; `silent N` ends
 after N words without saying that it is done; `freeze N` blocks the engine's loop for N seconds, `stall N` lets the loop
-turn but shows no pulse, and `strain N` shows none either but uses the processor.
+turn but shows no pulse, and `strain N` shows none either but uses the processor. `events [...]` gives these events,
+in JSON as msgspec writes them, `Started` first.
 Models: fake/sleepy* can sleep, fake/sleepy-slow only when the file $STATE_DIR/go exists; fake/grumpy can sleep and does
 not wake; fake/insomniac fails to sleep; fake/forest runs out of memory while another engine holds a model; fake/fails
 refuses to load, fake/slow loads when the file $STATE_DIR/go exists, fake/dies ends while loading, fake/memory reports
@@ -19,7 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import psutil  # noqa: E402  (after the path)
+import msgspec  # noqa: E402  (after the path)
+import psutil  # noqa: E402  (the same)
 
 import app  # noqa: E402  (the same)
 
@@ -91,7 +93,12 @@ class FakeEngine(app.Engine):
 
     async def stream(self, request: app.ChatRequest) -> AsyncGenerator[app.Event, None]:
         """Answer as the last message says."""
-        command, _, number = request.messages[-1].content.partition(" ")
+        prompt = request.messages[-1].content if request.messages else str(request.inputs[0])
+        command, _, number = prompt.partition(" ")
+        if command == "events":
+            for event in msgspec.json.decode(number, type=list[app.Event]):
+                yield event
+            return
         prompt_tokens = sum(len(message.content.split()) for message in request.messages)
         room = app.completion_room(prompt_tokens, CONTEXT_LENGTH, request.sampling)
         note(f"start {command}")
