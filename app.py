@@ -3174,6 +3174,11 @@ def openai_usage(done: Done) -> Json:
     return {**usage, "prompt_tokens_details": {"cached_tokens": done.cached_tokens}}
 
 
+def _input_usage(done: Done) -> Json:
+    """The counts of a reply in which nothing was generated."""
+    return {"prompt_tokens": done.prompt_tokens, "total_tokens": done.prompt_tokens}
+
+
 def _openai_stream(kind: str, pieces: Pieces, memory: type, request: ChatRequest) -> Callable[[Event], Iterator[Frame]]:
     """The chunks of a stream: what each event adds to a choice; if asked for, the usage alone in the last one."""
     told, remembered, ended = request.wire["usage"], memory(), set[int]()
@@ -3264,7 +3269,7 @@ def openai_embeddings_whole(request: ChatRequest, reply: Reply) -> Json:
     if request.wire["base64"]:
         vectors = [base64.b64encode(struct.pack(f"<{len(each)}f", *each)).decode() for each in vectors]
     data = [{"object": "embedding", "index": index, "embedding": each} for index, each in enumerate(vectors)]
-    return {"object": "list", "data": data, "model": request.model, "usage": openai_usage(reply.done)}
+    return {"object": "list", "data": data, "model": request.model, "usage": _input_usage(reply.done)}
 
 
 def rerank_whole(request: ChatRequest, reply: Reply) -> Json:
@@ -3273,7 +3278,7 @@ def rerank_whole(request: ChatRequest, reply: Reply) -> Json:
     results = [{"index": index, "relevance_score": score} for index, score in ranked]
     if request.wire["documents"]:
         results = [{**each, "document": {"text": request.inputs[each["index"] + 1]}} for each in results]
-    return {"id": request.wire["id"], "model": request.model, "results": results, "usage": openai_usage(reply.done)}
+    return {"id": request.wire["id"], "model": request.model, "results": results, "usage": _input_usage(reply.done)}
 
 
 def openai_error(error: ServerError) -> Json:

