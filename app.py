@@ -20,7 +20,7 @@ Ask it:    curl -N localhost:8005/chat -d '{"model":"smollm2:135m","messages":[{
 | GET /diag | versions, devices, engines, settings |
 | GET /health/live | the process answers |
 | GET /health/ready | requests are welcome |
-| GET / | a line of text that says what this is |
+| GET / | `Ollama is running`, which its clients look for |
 
 Sections, in order (a section uses names from sections above it only; `lifespan` is the one exception):
  1 ENVIRONMENT · 2 IMPORTS · 3 CONFIGURATION · 4 NEUTRAL TYPES AND ERRORS · 5 STATE · 6 APPLICATION · 7 TEXT · 8 ENGINES
@@ -84,7 +84,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from glob import escape as glob_escape
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
@@ -469,6 +469,7 @@ class ServerError(RuntimeError):
         super().__init__(message)
         self.retry_after = retry_after
         self.details = ""  # a child's traceback, for the log and the job
+        self.model = ""  # the name that was asked for, where no model has it
 
 
 # How an error crosses a process boundary and comes back as itself; every subclass enters itself.
@@ -487,6 +488,8 @@ UnsafeFormat = _error("UnsafeFormat", "unsafe_format", base=BadRequest)  # no we
 RemoteCodeNotGranted = _error("RemoteCodeNotGranted", "remote_code_disabled", 403)  # nobody granted it at /pull
 GatedModel = _error("GatedModel", "gated", 403)  # the Hub wants a licence accepted, or a token with the right to read
 NotFound = _error("NotFound", "not_found", 404)  # a job, a file or a route of this name is not here
+ModelNotFound = _error("ModelNotFound", NotFound.kind, base=NotFound)  # no model of this name; `model` is it as sent
+ERRORS_BY_KIND[NotFound.kind] = NotFound
 InUse = _error("InUse", "in_use", 409)  # the model is answering somebody right now
 RequirementNotMet = _error("RequirementNotMet", "requirement_not_met", 409)  # X-Require asks for something else
 BodyTooLarge = _error("BodyTooLarge", "body_too_large", 413)  # the request body is over MAX_BODY_BYTES
@@ -500,6 +503,7 @@ InCooldown = _error("InCooldown", "cooldown", 503)  # the model failed to load a
 NoCapacity = _error("NoCapacity", "capacity", 503)  # models or requests that cannot make room hold every place
 CrashLoop = _error("CrashLoop", "crash_loop", 503)  # the model's engine died too often
 Unavailable = _error("Unavailable", "unavailable", 503)  # starting, stopping, or the state cannot be written
+CloudDisabled = _error("CloudDisabled", "cloud_disabled", 403)  # what only Ollama's cloud has
 HubUnreachable = _error("HubUnreachable", "offline", 503)  # the Hub does not answer: no network, or it is down
 HubFailed = _error("HubFailed", "hub_error", 502)  # the Hub answered with an error of its own
 LoadTimeout = _error("LoadTimeout", "load_timeout", 504)  # the engine was not ready within LOAD_TIMEOUT
@@ -603,6 +607,12 @@ class ModelMeta(msgspec.Struct):
     load_phases: dict[str, float] = {}
     memory_bytes: int | None = None
     last_reclaim: dict[str, Any] | None = None
+    parent: str = ""
+    template: str = ""
+    messages: list[Message] = []
+    license: str = ""
+    digest: str = ""
+    precision: str = ""
 
 
 class Signal:
@@ -2710,7 +2720,7 @@ def validated(model: type[BodyModel], body: Body, missing: str = "Missing 'model
 
 def unknown_fields(body: BaseModel, place: str = "") -> Iterator[str]:
     """The fields that nothing here knows, by their place; of lists every name once."""
-    yield from (place + name for name in body.model_extra or {})
+    yield from (place + name for name, value in (body.model_extra or {}).items() if value is not None)
     for name in type(body).model_fields:
         value = getattr(body, name)
         inner = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, BaseModel)]
@@ -2822,6 +2832,12 @@ def chosen_tools(tools: Iterable[ToolBody] | None, choice: Any) -> Json:
     if choice == "required" and not given:
         raise BadRequest("Field 'tool_choice': 'required' needs 'tools'.")
     return {"tools": given, "tool_choice": choice or "auto"}
+
+
+def unit_vector(vector: list[float], dimensions: int | None = None) -> list[float]:
+    """The first `dimensions` of a vector, made to have the length 1."""
+    length = math.hypot(*vector[:dimensions]) or 1.0
+    return [value / length for value in vector[:dimensions]]
 
 
 THINK_LEVELS = ("low", "medium", "high", "max")
@@ -2993,7 +3009,325 @@ NATIVE = Dialect(native_parse, native_stream, native_whole, native_error, ndjson
 
 
 # -- Ollama --------------------------------------------------------------------
-# (ollama dialects here)
+
+
+class OllamaBody(_Strict):
+    """What the bodies of Ollama's routes have in common; /api/show, /api/push and /api/delete need no more."""
+
+    model: Name
+    keep_alive: KeepAlive = None
+    options: SamplingBody | None = None
+
+
+class GenerateBody(ConversationBody):
+    """The body of POST /api/generate; without a prompt the model is only loaded, or with a keep_alive of 0 unloaded."""
+
+    messages: None = None
+    prompt: str | None = None
+    suffix: str | None = None
+    system: str | None = None
+    template: str | None = None
+    context: list[int] | None = None
+    images: list[str] | None = None
+    raw: bool | None = None
+
+
+class TextsBody(OllamaBody):
+    """The body of POST /api/embed, /api/embeddings, /api/tokenize (`input` or `prompt`) and /api/detokenize."""
+
+    input: Any = None
+    prompt: str | None = None
+    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]] = []
+    truncate: bool | None = None
+    dimensions: Annotated[int | None, WHOLE] = None
+
+
+class CopyBody(_Strict):
+    """The body of POST /api/copy."""
+
+    source: str = ""
+    destination: str = ""
+
+
+class OllamaPullBody(PullBody):
+    """The body of POST /api/pull: Ollama's, and what POST /pull takes."""
+
+    stream: bool = True
+    insecure: bool = False
+    username: str | None = None
+    password: str | None = None
+
+
+class CreateBody(OllamaBody):
+    """The body of POST /api/create: a model `from` another one with ways of its own, or of an uploaded GGUF file."""
+
+    from_: str | None = Field(None, alias="from")
+    files: dict[str, str] | None = None
+    template: str | None = None
+    system: str | None = None
+    parameters: SamplingBody | None = None
+    messages: list[MessageBody] | None = None
+    stream: bool = True
+
+
+# Options of Ollama's runner: they change no answer here.
+RUNNER = {"num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "use_mmap", "draft_num_predict"}
+
+
+def ollama_body(model: type[BodyModel], body: Body, missing: str = "model is required") -> BodyModel:
+    """Check a body as Ollama does: names in any case, the older `name` for `model`, its words for what is wrong."""
+    body = {name.lower() if name.lower() in model.model_fields else name: value for name, value in body.items()}
+    if not body.get("model") and "name" in body:
+        body["model"] = body.pop("name")
+    top, form, alive = (body.get(name) for name in ("top_logprobs", "format", "keep_alive"))
+    if isinstance(top, int) and not 0 <= top <= 20:
+        raise BadRequest("top_logprobs must be between 0 and 20")
+    if form not in (None, "", "json") and not isinstance(form, dict):
+        raise BadRequest(f'invalid format: {json.dumps(form)[:100]}; expected "json" or a valid JSON Schema object')
+    if isinstance(alive, bool | list | dict):
+        raise BadRequest(f"Unsupported type: '{type(alive).__name__}'")
+    for place in ("options", "parameters"):
+        if isinstance(body.get(place), dict):
+            body[place] = {name: _option(name, value) for name, value in body[place].items() if name not in RUNNER}
+    if isinstance(name := body.get("model"), str):
+        body["model"] = name.strip()
+        if re.search(r"(?i):(.*-)?cloud$", name):
+            raise CloudDisabled("ollama cloud is disabled: remote model is unavailable")
+    if not missing and not body.get("model"):
+        raise ModelNotFound("model '' not found")
+    return validated(model, body, missing)
+
+
+def _option(name: str, value: Any) -> Any:
+    """An integer that was given with a fraction loses it."""
+    field = SamplingBody.model_fields.get(name)
+    whole = isinstance(value, float) and math.isfinite(value) and field is not None and field.annotation == int | None
+    return int(value) if whole else value
+
+
+def _or_load(request: ChatRequest, empty: bool) -> ChatRequest:
+    """Where there is nothing to answer the model is loaded or unloaded, and the reply comes in one piece."""
+    task: Task = "unload" if request.keep_alive == 0 else "load"
+    return msgspec.structs.replace(request, task=task, stream=False) if empty else request
+
+
+def ollama_chat_parse(body: Body) -> ChatRequest:
+    """Read the body of POST /api/chat."""
+    chat = ollama_body(ConversationBody, body)
+    return _or_load(conversation(chat, stream=chat.stream is not False), not chat.messages)
+
+
+def ollama_chat_whole(request: ChatRequest, reply: Reply) -> Json:
+    """The native reply; one that only says that a model was loaded or unloaded has no counts."""
+    whole = native_whole(request, reply)
+    spoken = request.task in ("chat", "complete")
+    return {name: value for name, value in whole.items() if spoken or not name.endswith(("_duration", "_count"))}
+
+
+CONTEXT_MARK = b"turns:"
+
+
+def context_of(request: ChatRequest, text: str) -> Json:
+    """The conversation so far, as the numbers that a client sends back to go on with it: the bytes of its JSON."""
+    turns = [(turn.role, turn.content) for turn in request.messages] + [("assistant", text)]
+    return {"context": list(CONTEXT_MARK + msgspec.json.encode(turns))} if request.messages else {}
+
+
+def turns_of(context: list[int]) -> list[Message]:
+    """The conversation that a `context` holds. Raises BadRequest for numbers that are not this server's."""
+    try:
+        mark, text = bytes(context[: len(CONTEXT_MARK)]), bytes(context[len(CONTEXT_MARK) :])
+        if mark != CONTEXT_MARK:
+            raise ValueError
+        turns = msgspec.json.decode(text, type=list[tuple[Literal["system", "user", "assistant"], str]])
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise BadRequest("Field 'context': only a context that this server gave can be continued.") from error
+    return [Message(role, content) for role, content in turns]
+
+
+GO_ACTION = re.compile(r"(?:\s*\{\{-|\{\{)\s*(.*?)\s*(?:-\}\}\s*|\}\})", re.DOTALL)
+
+
+def go_rendered(template: str, values: Mapping[str, str]) -> str:
+    """A prompt by a template of Ollama's older form, up to its .Response. Raises BadRequest for any other form."""
+    shown, at, conditions = list[str](), 0, list[bool]()
+    for match in GO_ACTION.finditer(template + "{{ .Response }}"):
+        action = match[1].removeprefix("if ")
+        if all(conditions):
+            shown += [template[at : match.start()], values.get(match[1], "")]
+        at = match.end()
+        if action == ".Response" and all(conditions):
+            break
+        if action in values and action != match[1]:
+            conditions.append(bool(values[action]))
+        elif conditions and action == "else":
+            conditions[-1] = not conditions[-1]
+        elif conditions and action == "end":
+            conditions.pop()
+        elif action not in (*values, ".Response"):
+            raise BadRequest("Field 'template': use .System, .Prompt and .Response, and {{ if .System }}...{{ end }}.")
+    return "".join(shown)
+
+
+def generate_parse(body: Body) -> ChatRequest:
+    """Read the body of POST /api/generate: a conversation, or with raw, suffix or template a text to go on with."""
+    given = ollama_body(GenerateBody, body, missing="")
+    if given.raw and (given.template or given.system or given.context):
+        raise BadRequest("raw mode does not support template, system, or context")
+    prompt, turns = given.prompt or "", turns_of(given.context) if given.context else []
+    if given.system is not None:
+        turns = [Message("system", given.system), *(turn for turn in turns if turn.role != "system")]
+    images = tuple(image_of(image, f"images.{index}") for index, image in enumerate(given.images or []))
+    fields: Json = {"messages": (*turns, Message("user", prompt, images=images))}
+    if given.raw or given.suffix or given.template:
+        if images or given.context:
+            place = "images" if images else "context"
+            raise BadRequest(f"Field '{place}': it cannot be combined with raw, suffix or template.")
+        values = {".System": given.system or "", ".Prompt": prompt}
+        text = go_rendered(given.template, values) if given.template else prompt
+        fields = {} if given.raw else fields
+        fields |= {"task": "complete", "inputs": (text,), "suffix": given.suffix or ""}
+    return _or_load(conversation(given, stream=given.stream is not False, **fields), not prompt)
+
+
+def _as_generated(line: Json) -> Json:
+    """A reply to /api/chat as one to /api/generate: what its message says stands in the reply itself."""
+    said = {"response" if name == "content" else name: value for name, value in line.pop("message").items()}
+    head = {name: line.pop(name) for name in ("model", "created_at") if name in line}
+    said.pop("role")
+    return head | said | line
+
+
+def generate_stream(request: ChatRequest) -> Callable[[Event], Iterator[Frame]]:
+    """Turn events into the lines of /api/generate; the last one has the context."""
+    feed, texts = native_stream(request), list[str]()
+
+    def lines(event: Event) -> Iterator[Frame]:
+        if isinstance(event, Text) and event.index == 0:
+            texts.append(event.text)
+        for _, line in feed(event):
+            yield None, _as_generated(line) | (context_of(request, "".join(texts)) if line["done"] else {})
+
+    return lines
+
+
+def generate_whole(request: ChatRequest, reply: Reply) -> Json:
+    """The reply of /api/generate in one piece."""
+    whole = _as_generated(ollama_chat_whole(request, reply))
+    if "choices" in whole:
+        whole["choices"] = [_as_generated(choice) for choice in whole["choices"]]
+    return whole | (context_of(request, reply.choices[0].text) if reply.done.reason not in ("load", "unload") else {})
+
+
+def _texts_parse(task: Task, missing: str, body: Body) -> ChatRequest:
+    """Read the body of /api/embed and its kin; a text that is too long is cut unless `truncate` is false."""
+    given = ollama_body(TextsBody, body, missing)
+    texts = given.prompt if given.input is None else given.input
+    inputs: Any = [texts] if isinstance(texts, str) and texts else [] if texts in ("", None) else texts
+    if not isinstance(inputs, list) or not all(isinstance(text, str) for text in inputs):
+        raise BadRequest("invalid input type")
+    request = ChatRequest(
+        given.model, sampling=sampling_of(given.options), stream=False, keep_alive=keep_alive_of(given.keep_alive),
+        task=task, inputs=(tuple(given.tokens),) if task == "detokenize" else tuple(inputs) or ("",),
+        truncate=task == "embed" and given.truncate is not False,
+        dimensions=max(given.dimensions or 0, 0) or None, ignored=tuple(unknown_fields(given)),
+    )  # fmt: skip
+    return _or_load(request, task == "embed" and not inputs)
+
+
+def embed_whole(request: ChatRequest, reply: Reply) -> Json:
+    """Unit vectors in the order of the texts."""
+    vectors, counts = [unit_vector(each, request.dimensions) for each in reply.result or []], native_end(reply.done)
+    told = ("total_duration", "load_duration", "prompt_eval_count") if vectors else ()
+    return {"model": request.model, "embeddings": vectors, **{name: counts[name] for name in told}}
+
+
+NO_SUCH_MODEL = "model '{name}' not found"
+
+
+def ollama_error(error: ServerError, absent: str = NO_SUCH_MODEL, task: str = "chat") -> Json:
+    """An error in Ollama's words, which differ from route to route."""
+    if isinstance(error, ModelNotFound):
+        return {"error": absent.format(name=error.model, tagged=tagged(error.model))}
+    text = "invalid model name" if isinstance(error, InvalidModelName) else str(error)
+    return {"error": text.replace("does not support chat", f"does not support {task}")}
+
+
+def _texts(task: Task, whole: Callable[[ChatRequest, Reply], Json], missing: str = "model is required") -> Dialect:
+    """A dialect of replies that never stream."""
+    error = functools.partial(ollama_error, absent='model "{name}" not found, try pulling it first')
+    parse = functools.partial(_texts_parse, task, missing)
+    return Dialect(parse, native_stream, whole, error, ndjson, NATIVE.media_type)
+
+
+OLLAMA_CHAT = Dialect(ollama_chat_parse, native_stream, ollama_chat_whole, ollama_error, ndjson, NATIVE.media_type)
+_not_generated = functools.partial(ollama_error, task="generate")
+OLLAMA_GENERATE = Dialect(generate_parse, generate_stream, generate_whole, _not_generated, ndjson, NATIVE.media_type)
+OLLAMA_EMBED = _texts("embed", embed_whole, missing="")
+OLLAMA_EMBEDDINGS = _texts("embed", lambda _, reply: {"embedding": reply.result[0] if reply.result else []})
+OLLAMA_TOKENIZE = _texts("tokenize", lambda _, reply: {"tokens": reply.result})
+OLLAMA_DETOKENIZE = _texts("detokenize", lambda _, reply: {"text": reply.result})
+OLLAMA_VERSION = "0.32.15"  # whose API this is: clients look here for what a server can do
+
+
+def tagged(name: str) -> str:
+    """A model's name as Ollama shows it: always with a tag."""
+    model, at, revision = name.partition("@")
+    return (model if ":" in model.rpartition("/")[2] else f"{model}:latest") + at + revision
+
+
+def ollama_entry(model: Json) -> Json:
+    """A model, as `describe` shows it, in the list of /api/tags."""
+    name, count, family = tagged(model["name"]), model["parameter_count"], model["family"] or "unknown"
+    details = {"parent_model": model["parent"] and tagged(model["parent"]), "format": model["format"]}
+    details |= {"family": family, "families": [family], "context_length": model["context_length"]}
+    details |= {"parameter_size": f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"}
+    details |= {"quantization_level": model["stored_quantization"] or model["precision"] or "unknown"}
+    sizes = {"modified_at": model["pulled_at"], "size": model["size_bytes"], "digest": model["digest"]}
+    return {"name": name, "model": name, **sizes, "details": details, "capabilities": model["capabilities"]}
+
+
+def ollama_running(model: Json, expires_at: str) -> Json:
+    """A model in the list of /api/ps, also one that is still being loaded."""
+    entry, engine, size = ollama_entry(model), model.get("engine", {}), model["memory_bytes"] or model["size_bytes"]
+    entry |= {"size": size, "size_vram": 0 if engine.get("device", "cpu") == "cpu" else size, "expires_at": expires_at}
+    entry |= {"context_length": engine.get("context_length", 0), "state": model["state"]}
+    return {name: value for name, value in entry.items() if name not in ("modified_at", "capabilities")}
+
+
+def ollama_show(model: Json, template: str, info: Json) -> Json:
+    """A model as /api/show has it; texts are there when it has them."""
+    names, system = {"max_tokens": "num_predict", "context_length": "num_ctx"}, model["system"]
+    options = [(names.get(name, name), value) for name, value in model["options"].items()]
+    pairs = [(name, one) for name, value in options for one in (value if isinstance(value, list | tuple) else [value])]
+    parameters = [f"{name:<30} {json.dumps(value, ensure_ascii=False)}" for name, value in pairs]
+    texts = {"license": model["license"], "parameters": "\n".join(parameters), "system": system}
+    texts |= {"messages": [{"role": turn["role"], "content": turn.get("content", "")} for turn in model["messages"]]}
+    template, blocks = model["template"] or template, [f'SYSTEM """{system}"""'] if system else []
+    blocks += [f'TEMPLATE """{template}"""', *(f"PARAMETER {line}" for line in parameters)]
+    file = [f"FROM {tagged(model['parent'] or model['name'])}", *blocks]
+    shown = {name: ollama_entry(model)[name] for name in ("details", "capabilities", "modified_at")}
+    shown |= {name: text for name, text in texts.items() if text}
+    return shown | {"modelfile": "\n".join(file), "template": template, "model_info": info}
+
+
+def pull_line(job: Job) -> Json:
+    """How far a pull is, in one line of /api/pull: all its files are one layer."""
+    digest = sha256(f"{job.model}@{job.revision}".encode()).hexdigest()
+    line: Json = {"status": f"pulling {digest[:12]}", "digest": f"sha256:{digest}", "total": job.size_bytes}
+    return line | ({"completed": job.bytes_done} if job.bytes_done else {})
+
+
+def created_ways(body: CreateBody, options: Json) -> Json:
+    """What POST /api/create changes of a model; parameters join those that it has. Raises BadRequest."""
+    if found := (body.model_extra or {}).keys() & {"adapters", "quantize"}:
+        raise BadRequest(f"Field '{min(found)}': not supported; pull an adapter or a quantized model from the Hub.")
+    if body.template and "{%" not in body.template:
+        raise BadRequest("Field 'template': it must be a Jinja chat template; without one the model's own is used.")
+    ways: Json = {"template": body.template, "system": body.system}
+    ways |= {"messages": list(messages_of(body.messages)) if body.messages else None}
+    ways |= {"options": options | sampling_of(body.parameters).chosen() if body.parameters else None}
+    return {name: value for name, value in ways.items() if value is not None}
 
 
 # -- OpenAI: chat, completions, embeddings, rerank -----------------------------
@@ -3257,12 +3591,6 @@ def _text_pieces(_: ChatRequest, offsets: dict[int, int], event: Event) -> Itera
         yield _text_choice(event.index, Choice(), event.reason, offsets)
 
 
-def unit_vector(vector: list[float], dimensions: int | None = None) -> list[float]:
-    """The first `dimensions` of a vector, made to have the length 1."""
-    length = math.hypot(*vector[:dimensions]) or 1.0
-    return [value / length for value in vector[:dimensions]]
-
-
 def openai_embeddings_whole(request: ChatRequest, reply: Reply) -> Json:
     """A vector for each input, in their order: numbers, or base64 of little-endian 32 bit floats."""
     vectors: list[Any] = [unit_vector(each, request.dimensions) for each in reply.result]
@@ -3414,27 +3742,52 @@ def resolve_name(raw: str, revision: str | None = None) -> ModelSource:
         raise BadRequest("Field 'revision': use a branch, tag or commit, and not another than the model's name has.")
     file_tag = match["tag"] if match["tag"] != "latest" else None
     if file_tag is not None and "/" not in match["repo"]:
-        raise NotFound(f"Model {raw} not found: no such name in the catalogue. A Hub id has the form org/repo.")
+        raise _no_model(raw, "no such name in the catalogue. A Hub id has the form org/repo.")
     name = match["repo"] + (f":{file_tag}" if file_tag else "") + (f"@{match['revision']}" if match["revision"] else "")
     return ModelSource(name, match["repo"], match["revision"] or revision, file_tag)
 
 
 def find_model(raw: str) -> ModelMeta:
-    """The model of this name on disk, in any case; `base:adapter` is a LoRA. Raises NotFound or InvalidModelName."""
+    """The model of this name on disk; case does not matter. Raises ModelNotFound that names /pull, InvalidModelName."""
+    if (meta := _find_adapter(raw) or stored_model(plain_name(raw))) is not None:
+        return meta
+    if (meta := stored_model(resolve_name(raw).name)) is None:
+        raise _no_model(raw, "not available locally. Use /pull to download.")
+    return meta
+
+
+def stored_model(name: str) -> ModelMeta | None:
+    """The model that has just this name, in any case."""
+    same = (meta for known, meta in model_meta.items() if known.lower() == name.lower())
+    return model_meta.get(name) or next(same, None)
+
+
+def plain_name(raw: str) -> str:
+    """A name without what Ollama adds to it or may leave out: its registry, its library, the tag `latest`."""
+    return re.sub(r"(?i)^(registry\.ollama\.ai/)?(library/)?|:latest$", "", raw.strip())
+
+
+def _no_model(raw: str, why: str) -> ServerError:
+    error = ModelNotFound(f"Model {raw} not found: {why}")
+    error.model = raw
+    return error
+
+
+def _find_adapter(raw: str) -> ModelMeta | None:
+    """The LoRA adapter that `base:adapter` names, by its whole name or what follows its last slash."""
     base, _, adapter = raw.rpartition(":")
     for meta in model_meta.values() if base else ():
         if meta.adapter_of.lower() == base.lower() and adapter in (meta.name, meta.name.rpartition("/")[2]):
             return meta
-    name = resolve_name(raw).name
-    same = (meta for known, meta in model_meta.items() if known.lower() == name.lower())
-    if (found := model_meta.get(name) or next(same, None)) is None:
-        raise NotFound(f"Model {raw} not found: not available locally. Use /pull to download.")
-    return found
+    return None
 
 
 def base_of(meta: ModelMeta) -> ModelMeta:
-    """The model that serves this one: itself, or for a LoRA adapter its base. Raises NotFound."""
-    return find_model(meta.adapter_of) if meta.adapter_of else meta
+    """The model that serves this one: itself, for a LoRA adapter its base, for an alias its model. Raises NotFound."""
+    if meta.adapter_of:
+        return find_model(meta.adapter_of)
+    original = model_meta.get(meta.parent, meta)
+    return original if original.local_path == meta.local_path else meta
 
 
 class TensorEntry(msgspec.Struct):
@@ -3623,10 +3976,11 @@ def describe_model(source: ModelSource, path: Path, revision: str) -> ModelMeta:
     else:
         _describe_configuration(meta, configuration)
         template = _template_of(path)
-    meta.has_chat_template = bool(template)
+    meta.has_chat_template, meta.license = bool(template), entry.license
     meta.capabilities = _capabilities(meta, template, insert)
     meta.parameter_count = check_files(meta)
     meta.size_bytes = sum(file.stat().st_size for file in weight_files(meta))
+    fingerprint(meta)
     return meta
 
 
@@ -3889,18 +4243,18 @@ async def delete_model(raw: str) -> None:
 def _remove_files(meta: ModelMeta, others: list[ModelMeta]) -> bool:
     """Free what no other model uses; packages stay. Returns whether the Hub's whole revision may go. Blocking."""
     path = Path(meta.local_path)
-    on_hub = resolve_name(meta.name).repo is not None
     if any(other.local_path == meta.local_path for other in others):
         return False
     if path.is_relative_to(STATE_DIR):
         shutil.rmtree(path.parent, ignore_errors=True)
-    elif on_hub and any(other.revision == meta.revision for other in others):
-        for link in weight_files(meta):
-            blob = link.resolve()
-            link.unlink()
-            blob.unlink(missing_ok=True)
-    else:
+        return False
+    on_hub = resolve_name(meta.parent or meta.name).repo is not None
+    if not on_hub or not any(other.revision == meta.revision for other in others):
         return on_hub
+    for link in weight_files(meta):
+        blob = link.resolve()
+        link.unlink()
+        blob.unlink(missing_ok=True)
     return False
 
 
@@ -4051,6 +4405,154 @@ def _hub_cause(error: BaseException) -> tuple[str, str]:
     )
     found = ((kind, text) for applies, kind, text in causes if applies)
     return next(found, (ServerError.kind, f"The download failed: {name}: {error}"))
+
+
+# -- aliases, uploaded files, and what Ollama's lists show ----------------------
+
+
+def fingerprint(meta: ModelMeta) -> None:
+    """Set a model's digest, equal where files and ways are, and its precision; opens no weights. Blocking."""
+    path, ways = Path(meta.local_path), (meta.system, meta.template, meta.messages, meta.options)
+    files = weight_files(meta) if meta.format == "gguf" else [file for file in path.rglob("*") if file.is_file()]
+    # A file in the Hub's cache points to one that has its hash as its name; elsewhere size and revision must do.
+    told = [file.readlink().name if file.is_symlink() else f"{file.stat().st_size} {meta.revision}" for file in files]
+    contents = sorted((file.name, content) for file, content in zip(files, told, strict=True))
+    meta.digest = sha256(msgspec.json.encode((contents, ways), order="sorted")).hexdigest()
+    known = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+    config, guess = _config_of(path), "F32" if meta.size_bytes > 3 * meta.parameter_count else "F16"
+    meta.precision = known.get(str(config.get("dtype") or config.get("torch_dtype")), guess)
+
+
+def _config_of(path: Path) -> Json:
+    return _read_side_file(path / "config.json", Json) if (path / "config.json").exists() else {}
+
+
+async def known_models() -> list[ModelMeta]:
+    """Every model, the newest first."""
+    for meta in list(model_meta.values()):
+        if not meta.digest:  # pulled by a version that had none
+            await asyncio.to_thread(fingerprint, meta)
+    return sorted(model_meta.values(), key=lambda meta: meta.pulled_at, reverse=True)
+
+
+class _GGUFFacts(GGUFReader):
+    """The same reader, whose arrays are empty: what is shown of a model has no lists of tokens."""
+
+    def _value(self, kind: int) -> Any:
+        value = super()._value(kind)
+        return [] if kind == 9 else value
+
+
+def model_facts(meta: ModelMeta) -> tuple[str, Json]:
+    """A model's chat template and the facts that its files tell, under GGUF's names. Blocking."""
+    path, family, facts = Path(meta.local_path), meta.family or "unknown", Json()
+    facts["general.parameter_count"] = meta.parameter_count
+    if meta.format == "gguf":
+        facts |= _GGUFFacts(path).metadata
+        return str(facts.pop("tokenizer.chat_template", "")), facts
+    config = _config_of(path)
+    text = config.get("text_config") or config
+    for name, places in FACTS.items():
+        facts |= {f"{family}.{name}": number} if (number := _number_in(text, *places)) else {}
+    return _template_of(path), {**facts, "general.architecture": family, "general.basename": meta.name.split("/")[-1]}
+
+
+FACTS = {
+    "context_length": ("max_position_embeddings", "n_positions", "max_sequence_length"),
+    "embedding_length": ("hidden_size", "n_embd"),
+    "block_count": ("num_hidden_layers", "n_layer"),
+    "attention.head_count": ("num_attention_heads", "n_head"),
+    "attention.head_count_kv": ("num_key_value_heads", "num_attention_heads", "n_head"),
+}
+ALIAS = re.compile(r"(?:\w[\w.:-]{0,349}/)?(?:\w[\w-]{0,79}/)?\w[\w.-]{0,79}(?::\w[\w.-]{0,79})?", re.ASCII)
+
+
+async def remember_alias(meta: ModelMeta, raw: str, **ways: Any) -> None:
+    """Keep a model under one more name, with ways of its own. Raises InUse where a pulled model has that name."""
+    if not ALIAS.fullmatch(raw):
+        raise InvalidModelName("invalid model name")
+    old = stored_model(plain_name(raw))
+    if old is meta and not ways:
+        return
+    if old is not None and not old.parent and not Path(old.local_path).is_relative_to(STATE_DIR / "blobs"):
+        raise InUse(f"{old.name} was pulled under this name: delete it first, or choose another name.")
+    name = old.name if old else plain_name(raw)
+    parent = meta.parent or (meta.name if meta.name != name else "")
+    alias = msgspec.structs.replace(meta, name=name, parent=parent, pulled_at=now_iso(), **ways)
+    await asyncio.to_thread(fingerprint, alias)
+    await _remember_model(alias)
+    if old is not None:
+        await asyncio.to_thread(_remove_files, old, list(model_meta.values()))
+
+
+def blob_path(digest: str) -> Path:
+    """Where an uploaded file lies: in a folder of its own, as for models joined of parts. Raises BadRequest."""
+    if not re.fullmatch(r"sha256[:-][0-9a-f]{64}", digest):
+        raise BadRequest("invalid digest format")
+    return STATE_DIR / "blobs" / digest[7:] / "model.gguf"
+
+
+async def store_blob(digest: str, chunks: AsyncIterator[bytes]) -> bool:
+    """Keep an uploaded file; false if it is here already. Raises BadRequest when it has another digest, DiskFull."""
+    path, actual = blob_path(digest), sha256()
+    if path.exists():
+        return False
+    path.parent.parent.mkdir(exist_ok=True)
+    partial = path.parent.with_name(f"{secrets.token_hex(8)}.partial")
+    try:
+        with partial.open("wb") as file:
+            async for chunk in chunks:
+                await asyncio.to_thread(file.write, chunk)
+                actual.update(chunk)
+        if actual.hexdigest() != path.parent.name:
+            raise BadRequest(f'digest mismatch, expected "{digest}", got "sha256:{actual.hexdigest()}"')
+        path.parent.mkdir(exist_ok=True)
+        partial.replace(path)
+    except ClientDisconnect as error:
+        raise ClientGone("The client closed the connection.") from error
+    except OSError as error:
+        kind = DiskFull if error.errno in NO_ROOM else Unavailable
+        raise kind(f"The upload cannot be written ({error.strerror}): free some space and try again.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return True
+
+
+def uploaded_model(files: Mapping[str, str], name: str) -> ModelMeta:
+    """What is known of the uploaded file that shall be a model. Raises BadRequest. Blocking."""
+    if len(files) != 1 or not all(file.lower().endswith(".gguf") for file in files):
+        raise BadRequest("Field 'files': give one GGUF file; models in other formats are pulled from the Hub.")
+    digest = next(iter(files.values()))
+    if not (path := blob_path(digest)).exists():
+        raise BadRequest(f"Field 'files': {digest} was not uploaded: POST /api/blobs/{digest} does that.")
+    try:
+        return describe_model(ModelSource(name), path, path.parent.name)
+    except BadModelFiles as error:
+        raise BadRequest(f"Field 'files': {error}") from error
+
+
+async def start_pull(body: PullBody) -> Job:
+    """The job of a pull; where nothing has the name it is one that has failed, which is no job of the server's."""
+    try:
+        return (await create_job(body))[0]
+    except NotFound as error:
+        return Job("", body.model, status="failed", error=str(error), error_kind=error.kind)
+
+
+async def watch_pull(job: Job) -> AsyncGenerator[Json, None]:
+    """How far a pull is; the job goes on when nobody listens. Raises what the pull fails with."""
+    yield {"status": "pulling manifest"}
+    while (changed := job_changed.next()) and job.status not in FINAL_STATUSES and app.state.phase != "stopping":
+        if job.size_bytes:
+            yield pull_line(job)
+        await changed.wait()
+    if job.error_kind == NotFound.kind:
+        raise ServerError(f"pull model manifest: file does not exist: {job.error}")
+    if job.status != "succeeded":
+        raise error_of(job.error_kind or Unavailable.kind, job.error or f"The pull is {job.status}: pull again.")
+    yield pull_line(job)
+    for status in ("verifying sha256 digest", "writing manifest", "success"):
+        yield {"status": status}
 
 
 ###############################################################################
@@ -4587,10 +5089,11 @@ def _configuration_line() -> str:
 def _with_defaults(request: ChatRequest, meta: ModelMeta) -> ChatRequest:
     """Add the catalogue's system prompt and options where the request says nothing."""
     chosen = {**meta.options, **request.sampling.chosen()}
-    messages = request.messages
+    messages = (*meta.messages, *request.messages)
     if meta.system is not None and not any(message.role == "system" for message in messages):
         messages = (Message("system", meta.system), *messages)
-    return msgspec.structs.replace(request, messages=messages, sampling=msgspec.convert(chosen, Sampling))
+    sampling, template = msgspec.convert(chosen, Sampling), request.template or meta.template
+    return msgspec.structs.replace(request, messages=messages, sampling=sampling, template=template)
 
 
 @app.exception_handler(ServerError)
@@ -4927,7 +5430,166 @@ async def delete_model_endpoint(name: str) -> Json:
 
 
 # -- Ollama --------------------------------------------------------------------
-# (ollama routes here)
+
+_answers("/api/chat", OLLAMA_CHAT, ConversationBody, "Ollama's chat, streamed as NDJSON unless `stream` is false.")
+_answers("/api/generate", OLLAMA_GENERATE, GenerateBody, "Ollama's completion of a prompt, streamed as NDJSON.")
+_answers("/api/embed", OLLAMA_EMBED, TextsBody, "Unit vectors of texts.")
+_answers("/api/embeddings", OLLAMA_EMBEDDINGS, TextsBody, "The vector of one text, in the older form.")
+_answers("/api/tokenize", OLLAMA_TOKENIZE, TextsBody, "The token ids of a text.")
+_answers("/api/detokenize", OLLAMA_DETOKENIZE, TextsBody, "The text of token ids.")
+
+Managed = Callable[[Any], Awaitable[Response]]
+
+
+def _manages(
+    path: str,
+    body: type[BaseModel],
+    verb: str = "POST",
+    missing: str = "model is required",
+    absent: str = NO_SUCH_MODEL,
+) -> Callable[[Managed], Managed]:
+    """A route of Ollama's that manages models: its body is checked and its errors are said as Ollama does."""
+
+    def register(answer: Managed) -> Managed:
+        async def endpoint(request: Request) -> Response:
+            try:
+                given = ollama_body(body, await read_json(request), missing)
+                headers = ignored_header(tuple(unknown_fields(given)))
+                response = await answer(given)
+            except ServerError as error:
+                return error_response(error, ollama_error(error, absent))
+            response.headers.update(headers)
+            return response
+
+        extra: Json = {"methods": [verb], "summary": answer.__doc__, "openapi_extra": _body_schema(body)}
+        app.add_api_route(path, endpoint, name=path.strip("/").replace("/", "_"), response_model=None, **extra)
+        return answer
+
+    return register
+
+
+async def _progress(lines: AsyncGenerator[Json, None], stream: bool) -> Response:
+    """What a long task says: line by line, an error as the last one; or only its end."""
+
+    async def told() -> AsyncGenerator[bytes, None]:
+        try:
+            async for line in lines:
+                yield ndjson((None, line))
+        except ServerError as error:
+            yield ndjson((None, ollama_error(error)))
+
+    if stream:
+        return StreamingResponse(told(), media_type=OLLAMA_CHAT.media_type)
+    return JSONResponse([line async for line in lines][-1])
+
+
+@app.get("/api/tags")
+@app.head("/api/tags")
+async def ollama_tags() -> Json:
+    """Every model on disk, the newest first."""
+    return {"models": [ollama_entry(describe(meta)) for meta in await known_models()]}
+
+
+@app.get("/api/ps")
+async def ollama_ps() -> Json:
+    """Every model in memory or on its way there, the one that stays longest first."""
+    shown = [(describe(meta), model_cache.get(meta.name)) for meta in await known_models()]
+    here = [ollama_running(model, _expiry(engine)) for model, engine in shown if model["state"] in ("ready", "loading")]
+    return {"models": sorted(here, key=lambda model: str(model["expires_at"]), reverse=True)}
+
+
+def _expiry(engine: EngineProcess | None) -> str:
+    """When a model leaves if nobody asks it again; for ever are the 292 years that Ollama's clients take for it."""
+    alive = min(engine.keep_alive if engine else KEEP_ALIVE, 292 * 365 * 86400.0)
+    moment = (engine.expires_at if engine else None) or time.time() + alive
+    return iso_time(datetime.fromtimestamp(moment, UTC))
+
+
+@_manages("/api/show", OllamaBody, absent="model '{tagged}' not found")
+async def ollama_show_endpoint(body: OllamaBody) -> Response:
+    """What is known of a model: its details, parameters, template and the facts in its files."""
+    meta = find_model(body.model)
+    facts = await asyncio.to_thread(model_facts, meta)
+    return Response(msgspec.json.encode(ollama_show(describe(meta), *facts)), media_type="application/json")
+
+
+@_manages("/api/delete", OllamaBody, verb="DELETE")
+async def ollama_delete(body: OllamaBody) -> Response:
+    """Remove a model from memory and disk."""
+    await delete_model(body.model)
+    return Response()
+
+
+@app.delete("/api/models/{name:path}")
+async def ollama_delete_by_path(name: str) -> Response:
+    """Remove a model from memory and disk."""
+    await delete_model(name)
+    return Response()
+
+
+@_manages("/api/copy", CopyBody, absent='model "{name}" not found')
+async def ollama_copy(body: CopyBody) -> Response:
+    """Give a model one more name; its files are shared."""
+    for name in ("source", "destination"):
+        if not ALIAS.fullmatch(getattr(body, name)):
+            raise BadRequest(f'{name} "{getattr(body, name)}" is invalid')
+    await remember_alias(find_model(body.source), body.destination)
+    return Response()
+
+
+@_manages("/api/create", CreateBody, missing="invalid model name")
+async def ollama_create(body: CreateBody) -> Response:
+    """Make a model of another one with its own system prompt, parameters and messages, or of an uploaded GGUF file."""
+    if not (body.from_ or body.files):
+        raise BadRequest("neither 'from' or 'files' was specified")
+    made = find_model if body.from_ else functools.partial(uploaded_model, body.files or {})
+    meta = await asyncio.to_thread(made, body.from_ or body.model)
+    await remember_alias(meta, body.model, **created_ways(body, meta.options))
+    _outdate_engine(find_model(body.model).name)
+    return await _progress(_statuses(f"using existing layer sha256:{meta.digest}", "writing manifest"), body.stream)
+
+
+async def _statuses(*statuses: str) -> AsyncGenerator[Json, None]:
+    for status in (*statuses, "success"):
+        yield {"status": status}
+
+
+@_manages("/api/pull", OllamaPullBody, missing="invalid model name")
+async def ollama_pull(body: OllamaPullBody) -> Response:
+    """Fetch a model and tell how far that is; the job goes on when the client leaves."""
+    return await _progress(watch_pull(await start_pull(body)), body.stream)
+
+
+@_manages("/api/push", OllamaBody)
+async def ollama_push(body: OllamaBody) -> Response:
+    """Refused: this server publishes nothing."""
+    raise BadRequest(f"{body.model} cannot be pushed: this server publishes no models. Use `hf upload` for the Hub.")
+
+
+@app.head("/api/blobs/{digest}")
+@app.post("/api/blobs/{digest}")
+async def ollama_blob(digest: str, request: Request) -> Response:
+    """Upload a file for POST /api/create: 201, or 200 where it is here already; HEAD tells whether it is."""
+    if request.method == "HEAD":
+        return Response(status_code=200 if blob_path(digest).exists() else 404)
+    return Response(status_code=201 if await store_blob(digest, request.stream()) else 200)
+
+
+def _always(verb: str, path: str, status: int, answer: Json) -> None:
+    """A route with one answer."""
+    for each in ("GET", "HEAD") if verb == "GET" else (verb,):
+        more: Json = {"methods": [each], "name": path, "summary": "One answer.", "include_in_schema": each != "HEAD"}
+        app.add_api_route(path, lambda: JSONResponse(answer, status), **more)
+
+
+NO_CLOUD = "ollama cloud is disabled: "
+_always("GET", "/api/version", 200, {"version": OLLAMA_VERSION})
+_always("GET", "/api/status", 200, {"cloud": {"disabled": True, "source": "env"}})
+_always("POST", "/api/me", 401, {"error": "unauthorized", "signin_url": ""})
+_always("POST", "/api/signout", 200, {})
+_always("GET", "/api/experimental/model-recommendations", 200, {"recommendations": []})
+_always("POST", "/api/experimental/web_search", 403, {"error": f"{NO_CLOUD}web search is unavailable"})
+_always("POST", "/api/experimental/web_fetch", 403, {"error": f"{NO_CLOUD}web fetch is unavailable"})
 
 
 # -- OpenAI --------------------------------------------------------------------
@@ -4982,7 +5644,7 @@ async def ready() -> Response:
 @app.head("/")
 async def root() -> Response:
     """What this is."""
-    return PlainTextResponse("ai-server is running")
+    return PlainTextResponse("Ollama is running")
 
 
 ###############################################################################

@@ -236,7 +236,7 @@ def test_health_root_and_docs(server: Server) -> None:
     """Live, ready, a line of text, and a page that shows every field of a body."""
     assert server.client.get("/health/live").json() == {"status": "ok"}
     assert server.client.get("/health/ready").json() == {"status": "ready"}
-    assert server.client.get("/").text == "ai-server is running"
+    assert server.client.get("/").text == "Ollama is running"
     assert server.client.head("/").status_code == 200
     schema = server.client.get("/openapi.json").json()
     body = schema["paths"]["/chat"]["post"]["requestBody"]["content"]["application/json"]["schema"]

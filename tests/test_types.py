@@ -15,7 +15,8 @@ import app
 FINE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 END = app.Done("stop", 3, 2, 0.1, 0.2)
 ERRORS = {each for each in vars(app).values() if isinstance(each, type) and issubclass(each, app.ServerError)}
-ALL_ERRORS = sorted(ERRORS - {app.ServerError}, key=lambda error: error.__name__)
+# Without the one that shares its kind with the class above it.
+ALL_ERRORS = sorted(ERRORS - {app.ServerError, app.ModelNotFound}, key=lambda error: error.__name__)
 
 
 def folded(*events: app.Event) -> app.Reply:
