@@ -2594,7 +2594,9 @@ class ImageUrl(_Strict):
 class ContentPart(_Strict):
     """A piece of content in list form: text, or an image as a `data:` URI."""
 
-    type: Literal["text", "input_text", "output_text", "refusal", "image_url", "input_image"]
+    type: Literal[
+        "text", "input_text", "output_text", "refusal", "image_url", "input_image", "reasoning_text", "summary_text"
+    ]
     text: str = ""
     refusal: str = ""
     image_url: ImageUrl | str | None = None
@@ -3645,15 +3647,528 @@ def models_json(metas: Iterable[ModelMeta], anthropic: bool, name: str = "") -> 
 
 
 # -- OpenAI: responses ---------------------------------------------------------
-# (responses dialect here)
+
+
+class Part(msgspec.Struct):
+    """A stretch of a reply that is of one kind: what is thought, what is said, or one call."""
+
+    index: int
+    head: Thinking | Text | ToolCall
+    pieces: list[str] = []  # of its text, or of its arguments
+    logprobs: list[Json] = []
+    fresh: list[Json] = []  # of the last piece
+
+
+def steps(parts: list[Part], event: Event) -> Iterator[tuple[str, Part]]:
+    """Add an event to the parts of a reply, which has one at least: what opens, grows by its last piece, or closes."""
+    if isinstance(event, Done):
+        if not parts:
+            parts.append(Part(0, Text("")))
+            yield "open", parts[0]
+        yield "close", parts[-1]
+    if isinstance(event, Started | Result | Done) or event in (Text(""), Thinking("")):
+        return
+    head = parts[-1].head if parts else None
+    if type(event) is not type(head) or getattr(event, "call", 0) != getattr(head, "call", 0):
+        if parts:
+            yield "close", parts[-1]
+        parts.append(Part(len(parts), event))
+        yield "open", parts[-1]
+    part = parts[-1]
+    part.pieces.append(event.arguments if isinstance(event, ToolCall) else event.text)
+    part.fresh = logprobs_json(event.logprobs) if isinstance(event, Text) else []
+    part.logprobs.extend(part.fresh)
+    yield "grow", part
+
+
+def parts_of(reply: Reply) -> list[Part]:
+    """The parts of a whole reply: the thoughts, the text, the calls."""
+    choice, parts = reply.choices[0], list[Part]()
+    calls = (ToolCall(number, call.id, call.name, call.arguments) for number, call in enumerate(choice.calls))
+    events: list[Event] = [Thinking(choice.thinking), Text(choice.text, tuple(choice.logprobs)), *calls, reply.done]
+    for event in events:
+        list(steps(parts, event))
+    return parts
+
+
+# Fields that other servers need, or that a client repeats from our own replies: that they do nothing is no news.
+HARMLESS = {
+    "id", "status", "phase", "encrypted_content", "signature", "data", "caller", "citations", "cache_control", "user",
+    "is_error", "display", "metadata", "store", "service_tier", "stream_options", "max_tool_calls", "prompt_cache_key",
+    "safety_identifier", "budget_tokens", "summary", "previous_response_id", "conversation", "background", "prompt",
+    "annotations", "logprobs", "detail",
+}  # fmt: skip
+
+
+def _ignored(body: BaseModel) -> Iterator[str]:
+    return (name for name in unknown_fields(body) if name.rpartition(".")[2] not in HARMLESS)
+
+
+def _flat(named: Any) -> Any:
+    """A tool, or the choice of one, as /v1/responses and /v1/messages spell it, in the form of /v1/chat/completions."""
+    if not isinstance(named, dict) or "function" in named:
+        return named
+    kind = named.get("type") or "function"
+    if kind != "function" and not (kind == "custom" and "input_schema" in named):
+        raise ValueError(f"'{str(kind)[:64]}' is not supported here, only functions are")
+    known = {"parameters" if name == "input_schema" else name: value for name, value in named.items() if name != "type"}
+    return {"function": {name: value for name, value in known.items() if name not in HARMLESS}}
+
+
+FlatTools = list[Annotated[ToolBody, BeforeValidator(_flat, json_schema_input_type=FunctionBody)]]
+
+
+class ItemBody(_Strict):
+    """A piece of the conversation: a message, a call, what its tool answered, or a thought."""
+
+    type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
+    role: Literal["system", "developer", "user", "assistant"] = "user"
+    content: Content = None
+    summary: Content = None
+    call_id: str = ""
+    name: str = ""
+    arguments: str = "{}"
+    output: Content = None
+
+
+class FormatBody(_Strict):
+    """What the answer has to look like: a text, any JSON object, or JSON after a schema."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class EffortBody(_Strict):
+    """How hard to think, and what the answer has to look like."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    format: FormatBody | None = None
+
+
+class ResponsesBody(ConversationBody):
+    """The body of POST /v1/responses: nothing is kept, so `input` is the whole conversation."""
+
+    input: Annotated[
+        list[ItemBody] | None,
+        BeforeValidator(
+            lambda value: [{"role": "user", "content": value}] if value and isinstance(value, str) else value or [],
+            json_schema_input_type=str | list[ItemBody],
+        ),
+    ] = None
+    instructions: str | None = None
+    tools: FlatTools | None = None
+    tool_choice: Annotated[Literal["auto", "none", "required"] | NamedTool | None, BeforeValidator(_flat)] = None
+    max_output_tokens: Annotated[int | None, Field(ge=1, le=2**31), WHOLE] = None
+    reasoning: EffortBody | None = None
+    text: EffortBody | None = None
+    include: list[str] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+
+
+LOGPROBS = "message.output_text.logprobs"  # what `include` calls them
+# What a reply says of its request, and what it says where the request said nothing.
+TOLD: Json = {
+    "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {}, "temperature": 1.0,
+    "parallel_tool_calls": True, "presence_penalty": 0.0, "frequency_penalty": 0.0, "prompt_cache_key": None,
+    "safety_identifier": None, "tool_choice": "auto", "top_logprobs": 0, "top_p": 1.0, "truncation": "disabled",
+}  # fmt: skip
+
+
+def noted(calls: dict[str, str], call_id: str, name: str, place: str) -> str:
+    """Enter a call into `calls`; with the name "?" look one up. The tool's name; raises BadRequest if that fails."""
+    answers = name == "?"
+    if (call_id in calls) != answers or not call_id or not name:
+        words = "no call before it has its id" if answers else "a call needs a name, and an id of its own"
+        raise BadRequest(f"Field '{place}': {words}.")
+    return calls.setdefault(call_id, name)
+
+
+def _item_turn(item: ItemBody, place: str, calls: dict[str, str]) -> Message:
+    field = "output" if item.type == "function_call_output" else "content"
+    text, images = content_of(getattr(item, field), f"{place}.{field}")
+    match item.type:
+        case "message":
+            return Message(item.role, text, images=images)
+        case "reasoning":
+            return Message("assistant", thinking=text or content_of(item.summary, place)[0])
+        case "function_call_output":
+            return Message("tool", text, "", images, (), item.call_id, noted(calls, item.call_id, "?", place))
+    function = CalledBody(name=noted(calls, item.call_id, item.name, place), arguments=item.arguments)
+    return Message("assistant", calls=(call_of(CallBody(id=item.call_id, function=function), place),))
+
+
+def items_of(items: list[ItemBody]) -> list[Message]:
+    """The conversation: what the assistant thought, said and called one after the other is one turn."""
+    turns: list[Message] = []
+    calls: dict[str, str] = {}
+    for index, item in enumerate(items):
+        turn, last = _item_turn(item, f"input.{index}", calls), turns[-1] if turns else Message("")
+        if last.role == turn.role == "assistant" and not (last.content and turn.content):
+            both = {name: getattr(last, name) + getattr(turn, name) for name in ("content", "thinking", "calls")}
+            turn = msgspec.structs.replace(turns.pop(), **both)
+        turns.append(turn)
+    return turns
+
+
+def responses_parse(body: Body) -> ChatRequest:
+    """Read the body of POST /v1/responses."""
+    chat = validated(ResponsesBody, body)
+    for name in ("previous_response_id", "conversation", "background", "prompt"):
+        if body.get(name):
+            raise BadRequest(f"Field '{name}': nothing is kept here; send the whole conversation in 'input'.")
+    if not chat.input:
+        raise BadRequest("Field 'input': it is missing or empty.")
+    form, effort = (chat.text and chat.text.format) or FormatBody(), chat.reasoning and chat.reasoning.effort
+    if form.type == "json_schema" and form.schema_ is None:
+        raise BadRequest("Field 'text.format.schema': it is required.")
+    shape = "json" if form.type == "json_object" else form.schema_
+    include = chat.include or ()
+    more: Json = {"max_tokens": chat.max_output_tokens, "format": shape, "logprobs": LOGPROBS in include or None}
+    sampling = sampling_of(chat.options, chat, **more)
+    if (sampling.n or 1) > 1:
+        raise BadRequest("Field 'n': a response is one answer.")
+    told = TOLD | {name: body[name] for name in TOLD if body.get(name) is not None}
+    told["reasoning"] = {"effort": effort, "summary": None}
+    told["text"] = {"format": form.model_dump(by_alias=True, exclude_none=True)}
+    told["tools"] = [{"type": "function", **tool.function.model_dump()} for tool in chat.tools or ()]
+    return conversation(
+        chat,
+        messages=(*(Message("system", text) for text in [chat.instructions] if text), *items_of(chat.input)),
+        sampling=sampling,
+        think=EFFORTS.get(effort, effort) if effort else think_of(chat.think),
+        think_if_able=True,
+        truncate=chat.truncation == "auto" or bool(chat.truncate),
+        ignored=(*_ignored(chat), *(f"include.{name}" for name in include if name != LOGPROBS)),
+        wire={"stem": secrets.token_hex(16), "created": int(time.time()), "told": told},
+    )
+
+
+# By kind of part: how an id begins, the type of the item, how its own events begin.
+ITEMS: dict[type, tuple[str, str, str]] = {
+    Thinking: ("rs", "reasoning", "reasoning_text"),
+    Text: ("msg", "message", "output_text"),
+    ToolCall: ("fc", "function_call", "function_call_arguments"),
+}
+
+
+def _item_id(request: ChatRequest, part: Part) -> str:
+    return f"{ITEMS[type(part.head)][0]}_{request.wire['stem']}{part.index:02}"
+
+
+def _item_content(part: Part) -> Json:
+    if isinstance(part.head, Thinking):
+        return {"type": "reasoning_text", "text": "".join(part.pieces)}
+    return {"type": "output_text", "text": "".join(part.pieces), "annotations": [], "logprobs": part.logprobs}
+
+
+def _item(request: ChatRequest, part: Part, status: str) -> Json:
+    item = {"id": _item_id(request, part), "type": ITEMS[type(part.head)][1], "status": status}
+    if isinstance(part.head, ToolCall):
+        return item | {"call_id": part.head.id, "name": part.head.name, "arguments": "".join(part.pieces)}
+    rest: Json = {"summary": []} if isinstance(part.head, Thinking) else {"role": "assistant"}
+    return item | rest | {"content": [] if status == "in_progress" else [_item_content(part)]}
+
+
+def _item_events(request: ChatRequest, does: str, part: Part, status: str) -> Iterator[tuple[str, Json]]:
+    stem, outer = ITEMS[type(part.head)][2], {"output_index": part.index}
+    call = isinstance(part.head, ToolCall)
+    inner: Json = outer | {"item_id": _item_id(request, part)} | ({} if call else {"content_index": 0})
+    if does == "grow":
+        logprobs = {"logprobs": part.fresh} if isinstance(part.head, Text) else {}
+        yield f"{stem}.delta", inner | {"delta": part.pieces[-1]} | logprobs
+        return
+    word = "added" if does == "open" else "done"
+    item, content = _item(request, part, status if does == "close" else "in_progress"), _item_content(part)
+    told = [(f"output_item.{word}", outer | {"item": item})]
+    told += [] if call else [(f"content_part.{word}", inner | {"part": content})]
+    if does == "close":
+        whole = item if call else content
+        said = {name: whole[name] for name in ("text", "logprobs", "name", "arguments") if name in whole}
+        told.append((f"{stem}.done", inner | said))
+    yield from told if does == "open" else reversed(told)
+
+
+def _response(request: ChatRequest, parts: list[Part], done: Done | None) -> Json:
+    """The response as it is now; without `done` it has only begun."""
+    status = "in_progress" if done is None else "incomplete" if done.reason == "length" else "completed"
+    stem, created, told = (request.wire[name] for name in ("stem", "created", "told"))
+    return {
+        "id": f"resp_{stem}", "object": "response", "created_at": created, "status": status, "error": None,
+        "completed_at": created + round(done.total_seconds) if done and status == "completed" else None,
+        "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+        "model": request.model,
+        "output": [_item(request, part, status if part is parts[-1] else "completed") for part in parts],
+        "usage": done and {
+            "input_tokens": done.prompt_tokens, "output_tokens": done.completion_tokens,
+            "input_tokens_details": {"cached_tokens": done.cached_tokens, "cache_write_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": done.prompt_tokens + done.completion_tokens,
+        },
+        "background": False, "previous_response_id": None, "service_tier": "default", "store": False, **told,
+    }  # fmt: skip
+
+
+def responses_stream(request: ChatRequest) -> Callable[[Event], Iterator[Frame]]:
+    """Turn events into the numbered events of a response."""
+    parts, numbers = list[Part](), itertools.count()
+
+    def frame(name: str, fields: Json) -> Frame:
+        return f"response.{name}", {"type": f"response.{name}", "sequence_number": next(numbers), **fields}
+
+    def feed(event: Event) -> Iterator[Frame]:
+        if isinstance(event, Started):
+            begun = {"response": _response(request, [], None)}
+            yield from (frame(name, begun) for name in ("created", "in_progress"))
+        status = "incomplete" if isinstance(event, Done) and event.reason == "length" else "completed"
+        for does, part in steps(parts, event):
+            yield from (frame(*said) for said in _item_events(request, does, part, status))
+        if isinstance(event, Done):
+            yield frame(status, {"response": _response(request, parts, event)})
+
+    return feed
+
+
+def responses_whole(request: ChatRequest, reply: Reply) -> Json:
+    """The response in one piece."""
+    return _response(request, parts_of(reply), reply.done)
+
+
+def errors_sse(frame: Frame) -> bytes:
+    """A server-sent event; an error says its words at both places where clients look for them."""
+    name, data = frame
+    return sse((name, {**data["error"], **data, "type": "error"} if name == "error" else data))
+
+
+RESPONSES = Dialect(responses_parse, responses_stream, responses_whole, openai_error, errors_sse, "text/event-stream")
 
 
 # -- Anthropic: messages -------------------------------------------------------
-# (anthropic dialect here)
+
+
+def _blocks(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+Blocks = Annotated[list["BlockBody"] | None, BeforeValidator(_blocks, json_schema_input_type=str | list["BlockBody"])]
+
+
+class BlockBody(_Strict):
+    """A piece of a turn."""
+
+    type: Literal["text", "image", "tool_use", "tool_result", "thinking", "redacted_thinking"]
+    text: str = ""
+    source: dict[str, str] = {}
+    id: str = ""
+    name: str = ""
+    input: dict[str, Any] = {}
+    tool_use_id: str = ""
+    content: Blocks = None
+    thinking: str = ""
+
+
+class TurnBody(_Strict):
+    """One turn of the conversation."""
+
+    role: Literal["user", "assistant", "system"]
+    content: Blocks = None
+
+
+class AnthropicChoice(_Strict):
+    """Whether tools may or must be called, or which one."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: Name = "without a name"
+    disable_parallel_tool_use: bool = False
+
+
+class ThinkingBody(_Strict):
+    """Whether to think before the answer."""
+
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+
+
+class AnthropicBody(SamplingBody):
+    """The body of POST /v1/messages, and of POST /v1/messages/count_tokens."""
+
+    model: Name
+    messages: list[TurnBody] | None = None
+    system: Blocks = None
+    tools: FlatTools | None = None
+    tool_choice: AnthropicChoice | None = None
+    thinking: ThinkingBody | None = None
+    output_config: EffortBody | None = None
+    stop_sequences: StopList = None
+    n: Annotated[int | None, Field(ge=1, le=1)] = None
+    stream: bool = False
+    keep_alive: KeepAlive = None
+
+
+def _said(blocks: list[BlockBody] | None, place: str) -> tuple[str, tuple[str, ...]]:
+    images = []
+    for index, block in enumerate(blocks or ()):
+        if block.type == "image":
+            data = block.source.get("data") or block.source.get("url", "")
+            images.append(image_of(data, f"{place}.{index}.source"))
+    return "".join(block.text for block in blocks or ()), tuple(images)
+
+
+def blocks_of(turn: TurnBody, place: str, calls: dict[str, str]) -> Iterator[Message]:
+    """A turn, after the answers of tools that it brings. Raises BadRequest that names the place."""
+    text, images = _said(turn.content, place)
+    made = []
+    for index, block in enumerate(turn.content or ()):
+        where = f"{place}.{index}"
+        if block.type == "tool_result":
+            name = noted(calls, block.tool_use_id, "?", where)
+            said, shown = _said(block.content, f"{where}.content")
+            yield Message("tool", said, "", shown, (), block.tool_use_id, name)
+        elif block.type == "tool_use":
+            name, arguments = noted(calls, block.id, block.name, where), json.dumps(block.input, ensure_ascii=False)
+            made.append(Call(block.id, name, arguments))
+    thinking = "".join(block.thinking for block in turn.content or ())
+    if text or images or made or thinking or turn.role == "assistant":
+        yield Message(turn.role, text, thinking, images, tuple(made))
+    elif not any(block.type == "tool_result" for block in turn.content or ()):
+        raise BadRequest(f"Field '{place}': it is empty.")
+
+
+def anthropic_parse(body: Body, task: Literal["chat", "count"] = "chat") -> ChatRequest:
+    """Read the body of POST /v1/messages, or with task `count` of what counts its tokens."""
+    chat = validated(AnthropicBody, body, "model is required")
+    if task == "chat" and (chat.max_tokens or 0) < 1:
+        raise BadRequest("max_tokens is required and must be positive")
+    if not chat.messages:
+        raise BadRequest("messages is required")
+    calls: dict[str, str] = {}
+    turns = [Message("system", "\n".join(block.text for block in chat.system))] if chat.system else []
+    for index, turn in enumerate(chat.messages):
+        turns += blocks_of(turn, f"messages.{index}.content", calls)
+    output = chat.output_config or EffortBody()
+    thinks = chat.thinking is not None and chat.thinking.type != "disabled"
+    choice = chat.tool_choice or AnthropicChoice(type="auto")
+    named = NamedTool(function=NamedFunction(name=choice.name)) if choice.type == "tool" else None
+    fields = chosen_tools(chat.tools, named or {"any": "required"}.get(choice.type, choice.type))
+    if choice.disable_parallel_tool_use:
+        fields["parallel_tool_calls"] = False
+    return ChatRequest(
+        chat.model,
+        tuple(turns),
+        sampling_of(chat, stop=chat.stop_sequences, format=output.format and output.format.schema_),
+        stream=task == "chat" and chat.stream,
+        keep_alive=keep_alive_of(chat.keep_alive),
+        task=task,
+        think=thinks and EFFORTS.get(output.effort or "", output.effort or True),
+        think_if_able=True,
+        ignored=tuple(_ignored(chat)),
+        wire={"id": f"msg_{secrets.token_hex(12)}"},
+        **fields,
+    )
+
+
+# By kind of part: the type of its deltas, and their field.
+DELTAS = {Thinking: ("thinking_delta", "thinking"), Text: ("text_delta", "text")}
+UNSIGNED = {"signature": "unsigned"}  # a thought has a signature, and clients drop a thought whose signature is empty
+
+
+def _block(part: Part) -> Json:
+    if isinstance(part.head, ToolCall):
+        arguments = native_call(0, Call("", "", "".join(part.pieces)))["function"]["arguments"]
+        rest = {"name": part.head.name, "input": arguments, "caller": {"type": "direct"}}
+        return {"type": "tool_use", "id": part.head.id, **rest}
+    if isinstance(part.head, Thinking):
+        return {
+            "type": "thinking",
+            "thinking": "".join(part.pieces),
+            **(UNSIGNED if part.pieces else {"signature": ""}),
+        }
+    return {"type": "text", "text": "".join(part.pieces), "citations": None}
+
+
+def _block_events(does: str, part: Part) -> Iterator[tuple[str, Json]]:
+    if does == "open":
+        yield "content_block_start", {"content_block": _block(part)}
+    elif does == "grow":
+        kind, field = DELTAS.get(type(part.head), ("input_json_delta", "partial_json"))
+        yield "content_block_delta", {"delta": {"type": kind, field: part.pieces[-1]}}
+    else:
+        if isinstance(part.head, Thinking):
+            yield "content_block_delta", {"delta": {"type": "signature_delta", **UNSIGNED}}
+        yield "content_block_stop", {}
+
+
+STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+def _message(request: ChatRequest, parts: list[Part], prompt_tokens: int, done: Done | None) -> Json:
+    """The message as it is now; what was read from a cache is known at the end, and is counted apart."""
+    cached, tokens, word = (done.cached_tokens, done.completion_tokens, done.stop_string) if done else (0, 0, "")
+    return {
+        "id": request.wire["id"], "type": "message", "role": "assistant", "model": request.model,
+        "content": [_block(part) for part in parts], "container": None, "stop_details": None,
+        "stop_reason": done and ("stop_sequence" if word else STOP_REASONS.get(done.reason)),
+        "stop_sequence": word or None,
+        "usage": {
+            "input_tokens": prompt_tokens - cached, "output_tokens": tokens, "output_tokens_details": None,
+            "cache_read_input_tokens": cached, "cache_creation_input_tokens": 0, "cache_creation": None,
+            "inference_geo": None, "server_tool_use": None, "service_tier": None,
+        },
+    }  # fmt: skip
+
+
+def anthropic_stream(request: ChatRequest) -> Callable[[Event], Iterator[Frame]]:
+    """Turn events into the events of a message."""
+    parts = list[Part]()
+
+    def frame(kind: str, **fields: Any) -> Frame:
+        return kind, {"type": kind, **fields}
+
+    def feed(event: Event) -> Iterator[Frame]:
+        if isinstance(event, Started):
+            yield frame("message_start", message=_message(request, [], event.prompt_tokens, None))
+            yield frame("ping")
+        for does, part in steps(parts, event):
+            yield from (frame(kind, index=part.index, **fields) for kind, fields in _block_events(does, part))
+        if isinstance(event, Done):
+            end = _message(request, [], event.prompt_tokens, event)
+            delta = {name: end[name] for name in ("container", "stop_details", "stop_reason", "stop_sequence")}
+            yield frame("message_delta", delta=delta, usage=end["usage"])
+            yield frame("message_stop")
+
+    return feed
+
+
+def anthropic_whole(request: ChatRequest, reply: Reply) -> Json:
+    """The message in one piece; of a request that counts, the count."""
+    if request.task == "count":
+        return {"input_tokens": reply.done.prompt_tokens}
+    return _message(request, parts_of(reply), reply.done.prompt_tokens, reply.done)
+
+
+ANTHROPIC_ERRORS = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error",
+    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
+
+
+def anthropic_error(error: ServerError) -> Json:
+    """An error in Anthropic's envelope."""
+    kind = ANTHROPIC_ERRORS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    told = {"type": kind, "message": str(error)}
+    return {"type": "error", "error": told, "request_id": f"req_{secrets.token_hex(12)}"}
+
+
+ANTHROPIC = Dialect(anthropic_parse, anthropic_stream, anthropic_whole, anthropic_error, sse, "text/event-stream")
+ANTHROPIC_COUNT = msgspec.structs.replace(ANTHROPIC, parse=functools.partial(anthropic_parse, task="count"))
 
 
 PROTOCOLS: tuple[tuple[str, Dialect], ...] = (
+    ("/v1/messages", ANTHROPIC),
+    ("/v1/responses", RESPONSES),
     ("/v1/", OPENAI_CHAT),
+    ("/api/", OLLAMA_CHAT),
     ("/", NATIVE),
 )  # the first prefix of a path that fits
 
@@ -5616,7 +6131,11 @@ async def openai_model(name: str, request: Request) -> Json:
 
 
 # -- OpenAI responses and Anthropic --------------------------------------------
-# (responses and anthropic routes here)
+
+
+_answers("/v1/responses", RESPONSES, ResponsesBody, "Answer a conversation as OpenAI's /v1/responses does.")
+_answers("/v1/messages", ANTHROPIC, AnthropicBody, "Answer a conversation as Anthropic's /v1/messages does.")
+_answers("/v1/messages/count_tokens", ANTHROPIC_COUNT, AnthropicBody, "Count a conversation's tokens exactly.")
 
 
 # -- the server itself ---------------------------------------------------------

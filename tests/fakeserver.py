@@ -4,7 +4,7 @@ Prompts: `count N` gives N words; `slow N` gives N words, each after a hundredth
 after N words; `raise` raises inside the engine; `hang` never answers after its first word; `silent N` ends
 after N words without saying that it is done; `freeze N` blocks the engine's loop for N seconds, `stall N` lets the loop
 turn but shows no pulse, and `strain N` shows none either but uses the processor. `events [...]` gives these events,
-in JSON as msgspec writes them, `Started` first.
+in JSON as msgspec writes them, with a `Started` before them unless they have their own.
 Models: fake/sleepy* can sleep, fake/sleepy-slow only when the file $STATE_DIR/go exists; fake/grumpy can sleep and does
 not wake; fake/insomniac fails to sleep; fake/forest runs out of memory while another engine holds a model; fake/fails
 refuses to load, fake/slow loads when the file $STATE_DIR/go exists, fake/dies ends while loading, fake/memory reports
@@ -95,10 +95,6 @@ class FakeEngine(app.Engine):
         """Answer as the last message says."""
         prompt = request.messages[-1].content if request.messages else str(request.inputs[0])
         command, _, number = prompt.partition(" ")
-        if command == "events":
-            for event in msgspec.json.decode(number, type=list[app.Event]):
-                yield event
-            return
         prompt_tokens = sum(len(message.content.split()) for message in request.messages)
         room = app.completion_room(prompt_tokens, CONTEXT_LENGTH, request.sampling)
         note(f"start {command}")
@@ -106,7 +102,13 @@ class FakeEngine(app.Engine):
             raise RuntimeError("asked while asleep")
         words = 0
         try:
-            yield app.Started(prompt_tokens)
+            events = msgspec.json.decode(number, type=list[app.Event]) if command == "events" else []
+            if not events or not isinstance(events[0], app.Started):
+                yield app.Started(prompt_tokens)
+            for event in events:
+                yield event
+            if events:
+                return
             silent = command in ("freeze", "stall", "strain")
             for word in range(min(room, 1 if silent else int(number or 1))):
                 yield app.Text(f"{word} ")
@@ -118,6 +120,12 @@ class FakeEngine(app.Engine):
             yield app.Done("stop", prompt_tokens, words, 0.001, 0.001)
         finally:
             note(f"end {command} {words}")
+
+    async def work(self, request: app.ChatRequest) -> tuple[object, int]:
+        """Count words; there is nothing else it can do."""
+        if request.task != "count":
+            return await super().work(request)
+        return None, sum(len(message.content.split()) for message in request.messages)
 
     async def _end(self, command: str, seconds: float) -> None:
         match command:
