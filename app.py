@@ -50,6 +50,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle compute threads slee
 # inside the engine classes: the server process never imports torch.
 
 import argparse
+import ast
 import asyncio
 import base64
 import ctypes
@@ -849,8 +850,15 @@ async def read_json(request: Request) -> Json:
 ###############################################################################
 # 7 TEXT ######################################################################
 ###############################################################################
-# Pure text handling: stop strings, pipeline output.
+# Pure text handling: stop strings, pipeline output, a model's thinking and calls.
 # May not: do I/O, know a dialect or an engine.
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text could begin `stop`."""
+    start = text.find(stop[0], -len(stop))  # most texts have no such character at all
+    sizes = range(min(len(stop) - 1, len(text) - start), 0, -1) if start >= 0 else ()
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)
 
 
 class StopStrings:
@@ -872,42 +880,14 @@ class StopStrings:
             at = end - len(self.hit)
             shown, self._held = self._held[:at], ""
             return shown
-        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return shown
-
-    def _overlap(self, stop: str) -> int:
-        """How many characters at the end of the held text could begin `stop`."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
 
     def finish(self) -> str:
         """The generation is over: what was held back is text after all."""
         shown, self._held = self._held, ""
         return shown
-
-
-Routed = Text | Thinking | ToolCall
-
-
-class TextRouter:  # (stub with the final interface: somebody is writing the real one in this section)
-    """Takes thinking and tool calls out of a model's raw text; `formats` are names of the table of formats."""
-
-    def __init__(self, formats: Iterable[str], tools: Iterable[Json] = (), thinking_open: bool = False) -> None:
-        self._tools = tuple(tools)
-
-    def feed(self, text: str) -> list[Routed]:
-        """Take more text; return what is certain."""
-        return [Text(text)]
-
-    def finish(self, truncated: bool) -> list[Routed]:
-        """The generation is over: what was held back."""
-        return []
-
-
-def formats_of(template: str) -> tuple[str, ...]:
-    """Which formats a chat template speaks, by marks in its text."""
-    return ()
 
 
 def _extract_text_from_pipeline_result(result: Any) -> str:
@@ -921,6 +901,328 @@ def _extract_text_from_pipeline_result(result: Any) -> str:
     if isinstance(result, str):
         return result
     raise EngineFailed(f"The pipeline returned {type(result).__name__} where text was expected.")
+
+
+def new_call_id() -> str:
+    """An id for a tool call, as Ollama and OpenAI have it."""
+    return "call_" + "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(8))
+
+
+NO_CALL = (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError)
+LOOSE_JSON = json.JSONDecoder(strict=False, parse_constant=int)  # a line break in a string is fine, NaN is not
+LITERALS = {"True": "true", "False": "false", "None": "null"}  # Python's, which some chat templates write
+Called = list[tuple[str, Json]]  # names and arguments
+Reader = Callable[["Format", str, Json], Called]
+
+
+@functools.cache
+def _pattern(text: str) -> re.Pattern[str]:
+    return re.compile(text.replace("<|", r"<\|").replace("|>", r"\|>"), re.DOTALL)
+
+
+class Format(msgspec.Struct, frozen=True):
+    """How models mark their thinking, which ends with a text in `until`, or their calls, which `read` reads.
+
+    `opens` begin it anywhere, `bare` only where no text came before; `drops` mean nothing. `token` finds the `end` of a
+    call, `up` (one more `end` must come) and the `close` of all calls (without it they end with the first), but not in
+    `quotes`. With `trim` white space around calls is markup. `breaks` begins a call inside of unfinished thinking.
+    In patterns (`template` is one for chat templates) a bar within `<|` and `|>` means itself.
+    """
+
+    template: str
+    opens: tuple[str, ...] = ()
+    token: str = ""
+    read: Reader | None = None
+    call: str = ""
+    argument: str = ""
+    quotes: Mapping[str, str] = types.MappingProxyType({'"': '"'})
+    bare: tuple[str, ...] = ()
+    drops: tuple[str, ...] = ()
+    until: tuple[str, ...] = ()
+    trim: bool = True
+    breaks: str = ""
+
+    def tokens(self, quote: str = "") -> re.Pattern[str]:
+        """What to search for in calls, or in what a quote began."""
+        if not quote:
+            return _pattern(f"{self.token}|(?P<open>{'|'.join(self.quotes) or '(?!)'})")
+        shut = self.quotes[quote]
+        return _pattern(r"(?P<escape>\\.)|" * (len(shut) == 1) + f"(?P<shut>{shut})")
+
+
+def _typed(text: str, schema: Any) -> Any:
+    """The value that a bare text means under a JSON schema."""
+    parts = [schema, *schema.get("anyOf", ()), *schema.get("oneOf", ())] if isinstance(schema, dict) else []
+    kinds = str([each.get("type") for each in parts])
+    if "'string'" in kinds and not (text == "null" and "'null'" in kinds):
+        return text
+    with suppress(ValueError):
+        return LOOSE_JSON.decode(LITERALS.get(text.strip(), text.strip()))
+    return text
+
+
+def _json_call(row: Format, piece: str, tools: Json) -> Called:
+    """A JSON object, whatever is around it: with a name in it, or where `call` finds both; `other` is nobody's tool."""
+    found = cast(re.Match[str], _pattern(row.call or r"\A[^{]*(?P<body>\{.*\})").search(piece)).groupdict()
+    if found.get("other"):
+        return []
+    body = LOOSE_JSON.decode(found["body"])
+    return [(found["name"], body) if row.call else (body["name"], body.get("arguments", body.get("parameters")))]
+
+
+def _tagged_call(row: Format, piece: str, tools: Json) -> Called:
+    """A name and elements that `argument` finds, which have the type in its group `kind` or in the tool's schema."""
+    found = cast(re.Match[str], _pattern(row.call).search(piece))
+    schemas, arguments = tools.get(found["name"], {}).get("properties", {}), {}
+    for each in _pattern(row.argument).finditer(piece, found.end()):
+        key, kind = each["key"].replace("&quot;", '"').replace("&amp;", "&"), each.groupdict().get("kind")
+        text = {"type": "string"} if kind in ("string", "true") else {}
+        arguments[key] = _typed(each["value"], text if kind else schemas.get(key))
+    return [(found["name"], arguments)]
+
+
+def _gemma_call(row: Format, piece: str, tools: Json) -> Called:
+    """A name and an object whose keys have no quotes and whose strings stand between tags."""
+    found = cast(re.Match[str], _pattern(r"\A<|tool_call>\s*call:([^{\s]+)(\{.*\})").search(piece))
+    parts = found[2].split('<|"|>')
+    parts[::2] = [re.sub(r"([{,]\s*)([^\s{}\[\],:][^{}\[\],:]*):", r'\1"\2":', part) for part in parts[::2]]
+    parts[1::2] = [json.dumps(part) for part in parts[1::2]]
+    return [(found[1], LOOSE_JSON.decode("".join(parts)))]
+
+
+def _llama_calls(row: Format, piece: str, tools: Json) -> Called:
+    """One call as JSON, or calls as Python writes them, `[f(a=1), g()]`."""
+    text = piece[cast(re.Match[str], re.search(r"[\[{]", piece)).start() :]
+    if text.startswith("{"):
+        return _json_call(row, text, tools)
+    calls = cast(Any, ast.parse(text, mode="eval").body).elts
+    if any(call.args for call in calls):
+        raise ValueError("an argument without a name")
+    return [(ast.unparse(call.func), {k.arg: ast.literal_eval(k.value) for k in call.keywords}) for call in calls]
+
+
+BRACES = r"(?P<up>\{)|(?P<end>\})"
+ENFORCED = Format("", (), BRACES + r"|(?P<close>\])", _json_call, bare=("[",))  # required calls, by a grammar
+FORMATS = (  # the first of thinking and the first of calls that a template has are its
+    Format("<|open|>think", ("<|open|>think<|sep|>",), until=("<|close|>think<|sep|>", "<|open|>response<|sep|>"),
+           drops=("<|open|>response<|sep|>", "<|close|>response<|sep|>", "<|close|>message<|sep|>")),
+    Format("<|channel>", ("<|channel>thought",), until=("<channel|>",)),
+    Format("<|channel|>", ("<|channel|>analysis<|message|>",), until=("<|end|>",),
+           drops=("<|start|>assistant", "<|channel|>final<|message|>", "<|channel|>commentary<|message|>", "<|end|>",
+                  "<|call|>", "<|return|>")),
+    Format(r"\[THINK\]", ("[THINK]",), until=("[/THINK]",)),
+    Format("</?think>", bare=("<think>",), until=("</think>",)),
+    Format("<|open|>call tool", ("<|open|>tools<|sep|>",),
+           r'(?P<end>(?:<|close|>argument|index="\d+")<|sep|><|close|>call<|sep|>)|(?P<close><|close|>tools<|sep|>)',
+           _tagged_call,
+           r'\A(?=.*<|close|>call<|sep|>\Z).*?<|open|>call tool="(?P<name>[^"]+)"',
+           r'<|open|>argument key="(?P<key>[^"]*)" type="(?P<kind>\w+)"<|sep|>(?P<value>.*?)<|close|>argument<|sep|>'
+           "(?=<|open|>argument |<|close|>call<)", {}),
+    Format("｜DSML｜", ("<｜DSML｜function_calls>", "<｜DSML｜tool_calls>", "<｜DSML｜ calls>"),
+           '(?P<end></｜DSML｜ ?invoke>|"/>)|(?P<close></｜DSML｜ ?(?:function_|tool_)?calls>)', _tagged_call,
+           r'\A(?=.*(?:invoke|/)>\Z).*?<｜DSML｜ ?invoke name="(?P<name>[^"]+)"',
+           '<｜DSML｜ ?parameter name="(?P<key>[^"]*)" string="(?P<kind>true|false)">(?P<value>.*?)</｜DSML｜ ?param',
+           {"<｜DSML｜parameter": "</｜DSML｜parameter>", "<｜DSML｜ parameter": "</｜DSML｜ parameter>"}),
+    Format("<｜tool▁calls▁begin｜>", ("<｜tool▁calls▁begin｜>",),
+           "(?P<end><｜tool▁call▁end｜>)|(?P<close><｜tool▁calls▁end｜>)", _json_call,
+           r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<name>[^<\n]+)(?:<｜tool▁sep｜>|\n```json\n)"
+           r"(?P<body>\{.*\})"),
+    Format("<|tool_calls_section_begin|>", ("<|tool_calls_section_begin|>",),
+           "(?P<end><|tool_call_end|>)|(?P<close><|tool_calls_section_end|>)", _json_call, r"<|tool_call_begin|>\s*"
+           r"(?:functions\.)?(?P<name>[^<:\s]+)[^<]*<|tool_call_argument_begin|>\s*(?P<body>\{.*\})", trim=False),
+    Format("<|tool_call>", ("<|tool_call>",), "(?P<end><tool_call|>)", _gemma_call, trim=False,
+           quotes={'<|"|>': '<|"|>'}),
+    Format("<|channel|>", ("<|channel|>commentary to=", "<|channel|>analysis to="), "(?P<end><|(?:call|end|return)|>)",
+           _json_call,
+           r"\A(?:<|channel|>\w+ )?to=(?:functions\.(?P<name>[^\s<]+).*?<|message|>\s*(?P<body>\{.*\})|"
+           r"(?P<other>(?!functions\.)\S))", bare=("to=",)),
+    Format(r"\[ARGS\]", ("[TOOL_CALLS]",), BRACES, _json_call,
+           r"\A\[TOOL_CALLS\]\s*(?P<name>[^\[{\s]+)(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*(?P<body>\{.*\})", trim=False),
+    Format(r"\[TOOL_CALLS\]", ("[TOOL_CALLS]",), BRACES + r"|(?P<close>\])", _json_call),
+    Format("<arg_key>", ("<tool_call>",), "(?P<end></tool_call>)", _tagged_call,
+           r"\A<tool_call>\s*(?P<name>[^<\s]+)\s*(?=<(?:.*<)?/tool_call>\s*\Z)",
+           r"<arg_key>(?P<key>[^<]*)</arg_key>\s*<arg_value>(?P<value>.*?)(?:</arg_value>|</tool_call>\s*\Z)",
+           {"<arg_value>": "</arg_value>"}),
+    Format("<function=", ("<tool_call>", "<function="), r"(?P<end></function>\s{0,8}</tool_call>)",
+           _tagged_call,
+           r"\A(?=.*</function>\s*</tool_call>\Z).*?<function=(?P<name>[^>\s]+)>", r"<parameter=(?P<key>[^>\s]+)>\n?"
+           r"(?P<value>.*?)(?:(?:\n?</parameter>\s*|\n)(?=<parameter=|</function>\s*</tool)|"
+           r"(?=</function>\s*</tool_call>\Z))",
+           {}, breaks="<tool_call>\n<function="),
+    Format("<|tool_call|>", ("<|tool_call|>",), BRACES + r"|(?P<close>\])", _json_call, drops=("<|/tool_call|>",)),
+    Format("<tool_call>", ("<tool_call>",), "(?P<end></tool_call>)", _json_call),
+    Format(r'<|python_(?:tag|start)|>|\{"name": function name|\[func_name1\(', ("<|python_tag|>", "<|python_start|>"),
+           r"(?P<up>[\[{(])|(?P<end>[\]})])", _llama_calls, quotes={'"': '"', "'": "'"}, bare=("{", "[", ";"),
+           drops=("<|python_end|>",), trim=False),
+)  # fmt: skip
+
+
+def formats_of(template: str) -> tuple[Format, ...]:
+    """The formats that a chat template speaks: of thinking, of calls, both or none."""
+    spoken = [each for each in FORMATS if _pattern(each.template).search(template)]
+    return (*[each for each in spoken if each.until][:1], *[each for each in spoken if each.read][:1])
+
+
+def template_abilities(template: str) -> set[str]:
+    """What a model with this chat template can do: "tools", "thinking"."""
+    return {"tools" if each.read else "thinking" for each in formats_of(template)}
+
+
+def opens_thinking(formats: Iterable[Format], prompt: str) -> bool:
+    """Whether a rendered prompt ends inside of thinking, so that the answer begins there."""
+    return prompt.rstrip().endswith(tuple(mark for each in formats if each.until for mark in each.opens + each.bare))
+
+
+Routed = Text | Thinking | ToolCall
+
+
+class TextRouter:
+    """Splits the raw text of one answer into text, thinking and calls, the same for every chunking of it.
+
+    Without `tools` calls are text.
+    """
+
+    def __init__(self, formats: Iterable[Format], tools: Iterable[Json], thinking_open: bool = False) -> None:
+        self._tools = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+        rows = [each for each in formats if each.until or self._tools]
+        self._rows = {mark: each for each in rows for mark in each.opens + each.bare}
+        self._bare = [mark for each in rows for mark in each.bare]
+        self._breaks = [each.breaks for each in rows if each.breaks]
+        self._tags = [mark for each in rows for mark in each.opens + each.drops]
+        self._ends = [*(mark for each in rows for mark in each.until), *self._breaks]
+        self._tag, self._tag_in_thinking = (
+            re.compile("|".join(map(re.escape, marks)) or "(?!)") for marks in (self._tags, self._ends)
+        )
+        self._calls = 0
+        self._events: list[Routed] = []
+        self._thinking, self._fresh = thinking_open, True  # fresh: no text since the beginning or the last tag
+        self._held, self._from, self._at = "", 0, 0  # text, where the piece of a call begins, what is dealt with
+        self._space, self._eat = "", thinking_open  # white space that is shown with what follows, or never
+        self._row: Format | None = None  # the format of calls that go on, and what to search for in them
+        self._mark, self._parts, self._depth, self._seek = "", list[str](), 0, _pattern("")
+
+    def feed(self, text: str) -> list[Routed]:
+        """Take more text; return what is certain now."""
+        self._held, self._at, self._from, self._events = self._held[self._at :] + text, 0, 0, []
+        while self._in_calls(self._row) if self._row else self._in_text():
+            pass
+        if self._row:
+            self._parts.append(self._held[self._from : self._at])
+        return self._events
+
+    def finish(self, truncated: bool) -> list[Routed]:
+        """The generation is over: a call that was cut off is dropped, all else that was held back is text."""
+        self._held, self._at, self._from, self._events = self._held[self._at :], 0, 0, []
+        row, self._row = self._row, None
+        if row is None:
+            self._say(self._held)
+        else:
+            self._at = len(self._held)
+            self._end(row, truncated)
+        self._border(False)
+        return self._events
+
+    def _show(self, text: str) -> None:
+        if text:
+            self._events.append((Thinking if self._thinking else Text)(text))
+
+    def _say(self, text: str) -> None:
+        """Show text or thinking; white space at its end waits for what follows."""
+        text = self._space + text
+        text = text.lstrip() if self._eat else text
+        shown = text.rstrip()
+        self._space, self._eat = text[len(shown) :], self._eat and not shown
+        self._show(shown)
+
+    def _border(self, trim: bool) -> None:
+        """A tag stands here: with `trim` the white space around it belongs to it."""
+        self._show("" if trim else self._space)
+        self._space, self._eat = "", trim
+
+    def _in_text(self) -> bool:
+        """Go to the next tag and past it; say whether there may be more to find."""
+        held = self._held
+        if self._fresh and not self._thinking:
+            start = cast(re.Match[str], re.compile(r"\s*").match(held, self._at)).end()
+            self._say(held[self._at : start])
+            self._at, rest = start, held[start : start + 20]  # no mark is longer
+            if mark := next((each for each in self._bare if rest.startswith(each)), ""):
+                return self._open(self._rows[mark], mark, 0)
+            self._fresh = any(each.startswith(rest) for each in self._bare)
+            if self._fresh:
+                return False
+        found = (self._tag_in_thinking if self._thinking else self._tag).search(held, self._at)
+        keep = max((_overlap(held, mark) for mark in (self._ends if self._thinking else self._tags)), default=0)
+        end = found.start() if found else max(self._at, len(held) - keep)
+        self._say(held[self._at : end])
+        self._at = end
+        if not found:
+            return False
+        if found[0] in self._rows and not self._thinking:
+            return self._open(self._rows[found[0]], found[0], len(found[0]))
+        if self._thinking:
+            self._border(True)
+        self._at += 0 if self._thinking and found[0] in self._breaks else len(found[0])
+        self._thinking, self._fresh = False, True
+        return True
+
+    def _open(self, row: Format, mark: str, width: int) -> bool:
+        """Thinking begins here, or calls whose tokens are searched for `width` characters later."""
+        if row.until:
+            self._border(True)
+            self._thinking, self._at = True, self._at + len(mark)
+        else:
+            self._row, self._mark, self._from, self._parts, self._depth = row, mark, self._at, [], 0
+            self._at, self._seek = self._at + width, row.tokens()
+        return True
+
+    def _in_calls(self, row: Format) -> bool:
+        """Go past the next token, and show the call that ends with it."""
+        found = self._seek.search(self._held, self._at)
+        keep = 1 if "escape" in self._seek.groupindex else 64  # what a token may lack
+        self._at = found.end() if found else max(self._at, len(self._held) - keep)
+        kind = found.lastgroup if found else ""
+        if kind in ("open", "shut"):
+            self._seek = row.tokens(found[0] if found and kind == "open" else "")
+        elif kind in ("up", "end"):
+            self._depth += 1 if kind == "up" else -1
+        if self._depth <= 0 and kind in ("end", "close"):
+            self._end(row, False, kind == "close")
+        return found is not None
+
+    def _end(self, row: Format, truncated: bool, closed: bool = False) -> None:
+        """A piece ends here: show its calls; without any it is text, unless it was cut off or is all tags."""
+        piece = "".join(self._parts) + self._held[self._from : self._at]
+        self._parts, self._from, self._depth = [], self._at, 0
+        bare = self._mark in ("{", "[", ";")
+        calls = None if truncated or closed else self._read(row, piece, bare)
+        self._fresh = True
+        if calls is not None:
+            self._border(row.trim or bare)
+            self._events += calls
+            self._mark = ""  # the mark of a call is no text any more
+        elif truncated > bare or closed > bool(self._mark) or not re.sub("<[^<>]*>", "", piece).strip():
+            self._border(row.trim)
+        else:
+            self._say(piece)
+            self._fresh = False
+        if closed or "<close>" not in row.token:
+            self._row = None
+
+    def _read(self, row: Format, piece: str, bare: bool) -> list[ToolCall] | None:
+        """The calls in a piece; one without a tag must name a tool of the request."""
+        try:
+            found = [(name, dict(given)) for name, given in cast(Reader, row.read)(row, piece, self._tools)]
+            if not all(name in self._tools if bare else isinstance(name, str) for name, _ in found):
+                return None
+            texts = [json.dumps(given, ensure_ascii=False, allow_nan=False) for _, given in found]
+        except NO_CALL:
+            return None
+        first, self._calls = self._calls, self._calls + len(found)
+        return [
+            ToolCall(number, new_call_id(), name, text)
+            for number, (name, _), text in zip(itertools.count(first), found, texts, strict=False)
+        ]
 
 
 # -- tools and turns for a model's template -------------------------------------
@@ -2794,11 +3096,6 @@ def call_of(call: CallBody, place: str) -> Call:
     except ValueError as error:
         raise BadRequest(f"Field '{place}.function.arguments': invalid tool call arguments: {error}") from error
     return Call(call.id or new_call_id(), call.function.name, text or "{}")
-
-
-def new_call_id() -> str:
-    """An id for a tool call, as Ollama and OpenAI have it."""
-    return "call_" + "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(8))
 
 
 def messages_of(bodies: list[MessageBody]) -> tuple[Message, ...]:
