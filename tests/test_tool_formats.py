@@ -218,14 +218,14 @@ def test_required_calls() -> None:
 
 def test_a_call_is_shown_when_it_is_complete() -> None:
     """Not at the end of the answer, and the text before it at once but for what may begin a tag."""
-    router = app.TextRouter(HERMES, TOOLS, False, index=3)
-    assert router.feed("Hi there <") == [app.Text("Hi there", index=3)]
+    router = app.TextRouter(HERMES, TOOLS)
+    assert router.feed("Hi there <") == [app.Text("Hi there")]
     assert router.feed('tool_call>{"name": "f", "arguments": {"x": "</tool_call>') == []
     call = router.feed('"}}</tool_call>')
-    assert [(each.call, each.name, each.arguments, each.index) for each in call if isinstance(each, app.ToolCall)] == [
-        (0, "f", '{"x": "</tool_call>"}', 3)
+    assert [(each.call, each.name, each.arguments) for each in call if isinstance(each, app.ToolCall)] == [
+        (0, "f", '{"x": "</tool_call>"}')
     ]
-    assert router.feed("\nmore") == [app.Text("more", index=3)]
+    assert router.feed("\nmore") == [app.Text("more")]
     assert router.finish(False) == []
 
 
