@@ -320,7 +320,6 @@ class ChatRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     think_if_able: bool = False
     truncate: bool = False
     dimensions: int | None = None
-    template: str = ""
     adapter: str = ""
     require: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
@@ -4595,11 +4594,11 @@ def _find_adapter(raw: str) -> ModelMeta | None:
 
 
 def base_of(meta: ModelMeta) -> ModelMeta:
-    """The model that serves this one: itself, for a LoRA adapter its base, for an alias its model. Raises NotFound."""
+    """The model that serves this one: itself, a LoRA's base, or an alias's model but for a template of its own."""
     if meta.adapter_of:
         return find_model(meta.adapter_of)
     original = model_meta.get(meta.parent, meta)
-    return original if original.local_path == meta.local_path else meta
+    return original if (original.local_path, original.template) == (meta.local_path, meta.template) else meta
 
 
 class TensorEntry(msgspec.Struct):
@@ -5481,7 +5480,7 @@ def _engine_spec(meta: ModelMeta, backend: str, quantization: str) -> EngineSpec
         backend=backend, model=meta.name, path=meta.local_path, trust_remote_code=meta.trust_remote_code,
         quantization=meta.stored_quantization if backend == "llama.cpp" else quantization,
         context_length=min(meta.context_length or MAX_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH),
-        chat_template=None if meta.has_chat_template else PLAIN_CHAT_TEMPLATE,
+        chat_template=meta.template or (None if meta.has_chat_template else PLAIN_CHAT_TEMPLATE),
         threads=compute_threads(backend), parallel=MAX_PARALLEL, kv_cache_bytes=cache, memory_share=share,
         tensor_parallel=tensor_parallel, pipeline_parallel=PIPELINE_PARALLEL_SIZE, executor=DISTRIBUTED_EXECUTOR,
         adapter_rank=adapter_rank(meta), overrides=meta.vllm, purpose=purpose_of(meta),
@@ -5899,13 +5898,14 @@ def _configuration_line() -> str:
 
 
 def _with_defaults(request: ChatRequest, meta: ModelMeta) -> ChatRequest:
-    """Add the catalogue's system prompt and options where the request says nothing."""
+    """Add the model's own turns and options where the request says nothing."""
+    if request.task not in ("chat", "complete", "count"):
+        return request
     chosen = {**meta.options, **request.sampling.chosen()}
-    messages = (*meta.messages, *request.messages)
-    if meta.system is not None and not any(message.role == "system" for message in messages):
+    messages = (*(meta.messages if request.messages else ()), *request.messages)
+    if meta.system is not None and messages and not any(message.role == "system" for message in messages):
         messages = (Message("system", meta.system), *messages)
-    sampling, template = msgspec.convert(chosen, Sampling), request.template or meta.template
-    return msgspec.structs.replace(request, messages=messages, sampling=sampling, template=template)
+    return msgspec.structs.replace(request, messages=messages, sampling=msgspec.convert(chosen, Sampling))
 
 
 @app.exception_handler(ServerError)
