@@ -56,6 +56,7 @@ import base64
 import ctypes
 import errno
 import functools
+import http.client
 import importlib
 import importlib.metadata
 import importlib.util
@@ -82,7 +83,7 @@ import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, closing, suppress
 from datetime import UTC, datetime
 from glob import escape as glob_escape
 from hashlib import file_digest, sha256
@@ -1517,15 +1518,30 @@ def _read_logprobs(entries: Iterable[Json], alternatives: int) -> tuple[TokenLog
     found = []
     for one in entries:
         top = _read_logprobs(one.get("top_logprobs", ())[:alternatives], 0)
-        found.append(TokenLogprob(one["token"], one["logprob"], bytes(one["bytes"] or ()), top))
+        found.append(TokenLogprob(one["token"], min(0.0, one["logprob"]), bytes(one["bytes"] or ()), top))
     return tuple(found)
+
+
+def _regex_grammar(regex: str) -> str:
+    """A regular expression as a grammar of llama.cpp's. Raises BadRequest for what that would ignore without a word."""
+    pieces = re.findall(r"(?s)\[\^?\]?(?:\\.|[^\\\]])*\]|\\.|\(\?.|\{\d+(?:,\d*)?\}|.", regex)
+    lost = [piece for piece in pieces if re.fullmatch(r"(?s)\\[1-9bBAZ]|\(\?[^:]|\[(.*[^\\])?\[.*", piece)]
+    if lost := lost + [*{"^"}.intersection(pieces[1:]), *{"$"}.intersection(pieces[:-1])]:
+        raise BadRequest(f"Field 'regex': llama.cpp does not support {lost[0]}")
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise BadRequest(f"Field 'regex': {error}") from error
+    text = "".join(rf"\{piece}" if piece in ("{", "}") else piece for piece in pieces)
+    text = re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", text).replace("\n", r"\n")
+    return f"%llguidance {{}}\nstart: /{text}/"
 
 
 class LlamaCppEngine(Engine):
     """GGUF files on llama.cpp, through the server inside the xllamacpp wheel (continuous batching, prompt cache)."""
 
     CPU_BATCH = 128  # it looks up between batches only: whoever leaves or arrives waits for a small one at most
-    OPTIONS = tuple(name for name in Sampling.__struct_fields__ if name not in ("regex", "min_tokens"))
+    OPTIONS = tuple(name for name in Sampling.__struct_fields__ if name != "min_tokens")
 
     async def load(self, spec: EngineSpec, phase: Callable[[str], None]) -> EngineInfo:
         """Start llama.cpp's server on the file."""
@@ -1537,8 +1553,11 @@ class LlamaCppEngine(Engine):
             self._server = await asyncio.to_thread(xllamacpp.Server, self._parameters(xllamacpp, spec))
         except RuntimeError as error:
             raise RungRefused(f"llama.cpp could not load the file: {error}") from error
+        facts = await asyncio.to_thread(self._ask, "/props")
+        self._knows_tools = facts["chat_template_caps"]["supports_tools"]
         phase("weights")
-        return EngineInfo(spec.quantization, spec.context_length, self.OPTIONS)
+        options = self.OPTIONS if spec.purpose == "completion" else ("context_length",)
+        return EngineInfo(spec.quantization, spec.context_length, options)
 
     def _parameters(self, xllamacpp: Any, spec: EngineSpec) -> Any:
         """llama.cpp's settings: one shared KV cache for all slots, two full contexts large."""
@@ -1548,30 +1567,49 @@ class LlamaCppEngine(Engine):
         params.n_parallel = spec.parallel
         params.kv_unified = True
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = spec.threads
-        if not any("GPU" in repr(device["type"]) for device in xllamacpp.get_device_info()):
+        params.embedding = spec.purpose != "completion"
+        if params.embedding:  # an input is never cut in two
+            params.n_batch = params.n_ubatch = spec.context_length
+        elif not any("GPU" in repr(device["type"]) for device in xllamacpp.get_device_info()):
             params.n_batch = params.n_ubatch = self.CPU_BATCH
-        params.api_keys = [secrets.token_hex(16)]  # its own loopback port stays unused
+        if spec.purpose == "rerank":
+            params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_RANK
+        self._key = secrets.token_hex(16)  # of its loopback port, where it does what its Python functions cannot
+        params.api_keys = [self._key]
         params.ui = params.endpoint_slots = False
         params.verbosity = 1
         params.chat_template = spec.chat_template or ""  # without one the file's own
         return params
 
-    async def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
-        """Hand the conversation to llama.cpp, which renders, tokenizes, checks the length and generates."""
+    def _ask(self, path: str, body: Json | None = None, sampling: Sampling | None = None) -> Any:
+        """One question to llama.cpp's port, without a stream and whatever proxy is set. Blocking."""
+        connection = http.client.HTTPConnection(self._server.listening_address.removeprefix("http://"))
+        with closing(connection):
+            data = None if body is None else json.dumps(body)
+            connection.request("POST" if data else "GET", path, data, {"Authorization": f"Bearer {self._key}"})
+            answer = json.load(connection.getresponse())
+        if "error" in answer:
+            raise self._error_of(answer["error"], sampling or Sampling())
+        return answer
+
+    def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
+        """Hand the request to llama.cpp, which renders, tokenizes, checks the length, generates and reads calls."""
+        events = self._events(request)
+        enforced = request.tools and request.tool_choice == "required"
+        return routed(events, TextRouter((ENFORCED,), request.tools)) if enforced else events
+
+    async def _events(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
         sampling, thread = request.sampling, ThreadStream()
 
         def take(chunk: Json) -> bool:  # called on llama.cpp's thread; true ends the request
-            thread.emit(chunk)
+            if "timings" in chunk or "error" in chunk:  # else it only opens the reply
+                thread.emit(chunk)
             return thread.cancelled.is_set()
 
-        def work() -> None:
-            try:
-                self._server.handle_chat_completions(self._body(request), take)
-            except ValueError as error:  # what the binding makes of llama.cpp's refusals before the first chunk
-                raise BadRequest(f"Field '{sampling.shape() or 'messages'}': llama.cpp: {error}") from error
-
+        echoed = request.inputs if sampling.echo and request.task == "complete" else ()
+        first = iter([Text(await asyncio.to_thread(self._text, one)) for one in echoed])
         prompt_tokens = room = -1
-        async with aclosing(thread.events(self._threads, work)) as chunks:
+        async with aclosing(thread.events(self._threads, lambda: self._run(request, take))) as chunks:
             async for chunk in chunks:
                 if "error" in chunk:
                     raise self._error_of(chunk["error"], sampling)
@@ -1579,17 +1617,42 @@ class LlamaCppEngine(Engine):
                     prompt_tokens = chunk["prompt_progress"]["total"]
                     room = completion_room(prompt_tokens, self._spec.context_length, sampling)
                     yield Started(prompt_tokens)
-                choice, timings = chunk["choices"][0], chunk.get("timings", {})
-                logprobs = _read_logprobs((choice.get("logprobs") or {}).get("content") or (), sampling.logprobs or 0)
-                if (text := choice["delta"].get("content")) or logprobs:
-                    yield Text(text or "", logprobs)
-                full = timings.get("predicted_n", 0) >= room  # the context; max_tokens itself is llama.cpp's to count
-                if (reason := choice["finish_reason"]) is not None or full:
-                    ending: FinishReason = "length" if reason in ("length", None) else "stop"
-                    counts = prompt_tokens, timings["predicted_n"]
-                    times = timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000
-                    yield Done(ending, *counts, *times, cached_tokens=timings.get("cache_n", 0))
+                choice, made = chunk["choices"][0], chunk["timings"]["predicted_n"]
+                for event in self._pieces(choice, request) if made else first:  # not what the template says for it
+                    yield event
+                if choice["finish_reason"] or made >= room:  # the context; max_tokens itself is llama.cpp's to count
+                    yield self._end(chunk, prompt_tokens, sampling)
                     return
+
+    def _end(self, chunk: Json, prompt_tokens: int, sampling: Sampling) -> Done:
+        reason, timings = chunk["choices"][0]["finish_reason"], chunk["timings"]
+        times = timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000
+        stop = chunk.get("__verbose", {}).get("stopping_word", "")
+        return Done(
+            reason if reason in ("stop", "tool_calls") else "length",
+            *(prompt_tokens, timings["predicted_n"], *times),
+            cached_tokens=timings.get("cache_n", 0),
+            stop_string=stop if stop in (sampling.stop or ()) else "",  # not one of the plain template's
+        )
+
+    def _run(self, request: ChatRequest, take: Callable[[Json], bool]) -> None:
+        body, server = self._body(request), self._server
+        try:
+            (server.handle_completions if request.task == "complete" else server.handle_chat_completions)(body, take)
+        except ValueError as error:  # what the binding makes of llama.cpp's refusals before the first chunk
+            raise BadRequest(f"Field '{request.sampling.shape() or 'messages'}': llama.cpp: {error}") from error
+
+    def _pieces(self, choice: Json, request: ChatRequest) -> Iterator[Event]:
+        """What one chunk says."""
+        delta, logprobs = choice.get("delta", {}), (choice.get("logprobs") or {}).get("content") or ()
+        if thought := delta.get("reasoning_content"):
+            yield Thinking(thought)
+        if (text := delta.get("content") or choice.get("text") or "") or logprobs:
+            yield Text(text, _read_logprobs(logprobs, request.sampling.logprobs or 0))
+        for call in delta.get("tool_calls") or ():
+            name, arguments = call["function"].get("name", ""), call["function"].get("arguments", "")
+            if call["index"] == 0 or request.parallel_tool_calls:
+                yield ToolCall(call["index"], new_call_id() if name else "", name, arguments)
 
     def _error_of(self, error: Json, sampling: Sampling) -> ServerError:
         if "n_prompt_tokens" in error:
@@ -1601,20 +1664,97 @@ class LlamaCppEngine(Engine):
         return BadRequest(f"Field '{shape}': {message}" if shape else message)
 
     def _body(self, request: ChatRequest) -> Json:
-        """The request in llama.cpp's terms; a wanted shape of the answer is a schema, or a grammar in GBNF."""
+        """The request in llama.cpp's terms; a wanted shape of the answer is a schema, or a grammar."""
         chosen = {**DEFAULT_SAMPLING, **request.sampling.chosen()}
-        if self._spec.chat_template == PLAIN_CHAT_TEMPLATE:
+        chat = request.task != "complete"
+        if chat and self._spec.chat_template == PLAIN_CHAT_TEMPLATE:
             chosen["stop"] = [*chosen.get("stop", ()), *PLAIN_TEMPLATE_STOP]
         if chosen.get("repeat_last_n", 0) < 0:  # "all" is -1 in Ollama, which llama.cpp refuses
             chosen["repeat_last_n"] = self._spec.context_length
         if "logprobs" in chosen:
-            chosen["top_logprobs"], chosen["logprobs"] = max(1, chosen["logprobs"]), True  # with 0 it gives none at all
+            chosen["n_probs"] = max(1, chosen.pop("logprobs"))  # with 0 it gives none at all
         if (wanted := chosen.pop("format", None)) is not None:
             chosen["json_schema"] = {"type": "object"} if wanted == "json" else wanted
         if choices := chosen.pop("choice", None):
             chosen["grammar"] = "root ::= " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
-        chosen |= {"return_progress": True, "timings_per_token": True, "reasoning_format": "none", "stream": True}
-        return {**chosen, "messages": list(map(msgspec.structs.asdict, request.messages))}
+        if (regex := chosen.pop("regex", None)) is not None:
+            chosen["grammar"] = _regex_grammar(regex)
+        chosen |= {"return_progress": True, "timings_per_token": True, "stream": True, "verbose": True}
+        return chosen | (self._conversation(request) if chat else {"prompt": self._prompt(request)})
+
+    def _conversation(self, request: ChatRequest) -> Json:
+        """Turns, tools and thinking. A call that is required is a schema: llama.cpp's own rule lets text come first."""
+        messages, tools = request.messages, request.tools
+        grammar = request.sampling.shape() not in ("", "format")  # which rules from the first token on, unlike a schema
+        think = False if grammar else request.think
+        if not self._knows_tools:
+            messages, tools = tuple(for_plain_template(messages, tools)), ()
+        arguments: Json = {} if think is None else {"enable_thinking": bool(think), "thinking": bool(think)}
+        arguments |= {"reasoning_effort": think} if isinstance(think, str) else {}
+        body: Json = {"messages": template_messages(messages), "chat_template_kwargs": arguments}
+        body |= {"tools": tools, "parallel_tool_calls": request.parallel_tool_calls} if tools else {}
+        if request.tools and request.tool_choice == "required":
+            schema = enforced_schema(request.tools, request.parallel_tool_calls)
+            body |= {"json_schema": schema, "grammar": "", "tool_choice": "none"}
+        return body | {"reasoning_format": "none" if grammar else "auto"}
+
+    def _prompt(self, request: ChatRequest) -> Input:
+        """A raw prompt, with a suffix in the form that llama.cpp knows of the model; it would cut the prefix."""
+        if request.sampling.format is not None:  # without a template a bad schema would be ignored
+            self._ask("/apply-template", {"messages": [], "json_schema": request.sampling.format}, request.sampling)
+        if not request.suffix:
+            return request.inputs[0]
+        form = self._ask("/infill", {"input_prefix": "PREFIX", "input_suffix": "SUFFIX", "n_predict": 0})["prompt"]
+        texts = {"PREFIX": self._text(request.inputs[0]), "SUFFIX": request.suffix}
+        return re.sub("PREFIX|SUFFIX", lambda found: texts[found[0]], form)
+
+    def _text(self, one: Input) -> str:
+        return one if isinstance(one, str) else str(self._ask("/detokenize", {"tokens": one})["content"])
+
+    def _ids(self, one: Input, special: bool = True) -> list[int]:
+        asked = {"content": one, "add_special": special}
+        return cast(list[int], self._ask("/tokenize", asked)["tokens"]) if isinstance(one, str) else list(one)
+
+    async def work(self, request: ChatRequest) -> tuple[Any, int]:
+        """Vectors for the inputs, scores for the documents after the query, or what tokenizer and template say."""
+        task = getattr(self, f"_{request.task}", None) or super().work
+        return cast(tuple[Any, int], await asyncio.get_running_loop().run_in_executor(self._threads, task, request))
+
+    def _count(self, request: ChatRequest) -> tuple[Any, int]:
+        return None, self._ask("/chat/completions/input_tokens", self._body(request))["input_tokens"]
+
+    def _tokenize(self, request: ChatRequest) -> tuple[Any, int]:
+        ids = self._ids(request.inputs[0])
+        return ids, len(ids)
+
+    def _detokenize(self, request: ChatRequest) -> tuple[Any, int]:
+        return self._text(request.inputs[0]), len(request.inputs[0])
+
+    def _fitting(self, request: ChatRequest, ids: list[int], taken: int = 0) -> list[int]:
+        """An input, cut to the context if the request allows that, but for its last special token."""
+        limit = min(self._spec.context_length, request.sampling.context_length or self._spec.context_length)
+        if len(ids) + taken <= limit:
+            return ids
+        last = [end for end in self._ids("")[-1:] if end == ids[-1]]
+        room = limit - taken - len(last)
+        if not request.truncate or room < 1:
+            told = f"an input has {len(ids) + taken} tokens, and {limit} fit."
+            raise ContextLengthExceeded(f"the input length exceeds the context length: {told}")
+        return ids[:room] + last
+
+    def _embed(self, request: ChatRequest) -> tuple[Any, int]:
+        inputs = [self._fitting(request, self._ids(one)) for one in request.inputs]
+        found = self._ask("/v1/embeddings", {"input": inputs, "embd_normalize": -1})["data"]
+        return [one["embedding"] for one in found], sum(map(len, inputs))
+
+    def _rerank(self, request: ChatRequest) -> tuple[Any, int]:
+        query, *documents = map(self._text, request.inputs)
+        taken = len(self._ids(query)) + len(self._ids("")) + 1  # with what stands around both
+        inputs = [self._fitting(request, self._ids(one, special=False), taken) for one in documents]
+        texts = [self._text(tuple(ids)) for ids in inputs]
+        answer = self._ask("/v1/rerank", {"query": query, "documents": texts})
+        scores = {one["index"]: one["relevance_score"] for one in answer["results"]}
+        return [scores[index] for index in range(len(documents))], answer["usage"]["prompt_tokens"]
 
 
 class StepGate:
@@ -4640,6 +4780,7 @@ GGUF_FILE_TYPES: Mapping[int, str] = {
     21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S",
     29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
 }  # fmt: skip
+GGUF_RANK_POOLING = 4  # `<family>.pooling_type` of a cross-encoder
 GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
@@ -4735,13 +4876,13 @@ def _template_of(path: Path) -> str:
     return text
 
 
-def _capabilities(meta: ModelMeta, template: str, insert: bool) -> list[str]:
-    """What a model can do, in Ollama's words and `rerank`."""
+def _capabilities(meta: ModelMeta, template: str, insert: bool, rank: bool) -> list[str]:
+    """What a model can do, in Ollama's words and `rerank`: of tools and thinking a chat template tells."""
     if meta.embedding:
         return ["embedding"]
-    if meta.architecture.endswith("ForSequenceClassification"):
+    if rank or meta.architecture.endswith("ForSequenceClassification"):
         return ["rerank"]
-    return ["completion", *(["insert"] if insert else [])]
+    return ["completion", *(["insert"] if insert else []), *sorted(template_abilities(template), reverse=True)]
 
 
 def _describe_configuration(meta: ModelMeta, configuration: Path) -> None:
@@ -4769,13 +4910,15 @@ def describe_model(source: ModelSource, path: Path, revision: str) -> ModelMeta:
     meta = ModelMeta(source.name, source.repo or entry.pip or "local", str(path), revision, pulled_at=now_iso())
     meta.system, meta.options, meta.vllm = entry.system, dict(entry.options), dict(entry.vllm)
     configuration, adapter = path / "config.json", path / "adapter_config.json"
-    template, insert = "", False
+    template, insert, rank = "", False, False
     if path.is_file():  # one GGUF file; a split one is opened by its first part
         meta.format, head = "gguf", GGUFReader(path).metadata
         meta.architecture = meta.family = str(head.get("general.architecture", ""))
         trained = head.get(f"{meta.family}.context_length", 0)
         meta.context_length = max(0, trained) if isinstance(trained, int) else 0
-        meta.embedding = f"{meta.family}.pooling_type" in head
+        pooling = head.get(f"{meta.family}.pooling_type")
+        rank = pooling == GGUF_RANK_POOLING
+        meta.embedding = pooling is not None and not rank
         template = str(head.get("tokenizer.chat_template", ""))
         insert = "tokenizer.ggml.fim_pre_token_id" in head or "tokenizer.ggml.prefix_token_id" in head
         meta.stored_quantization = GGUF_FILE_TYPES.get(head.get("general.file_type", -1), "unknown")
@@ -4788,7 +4931,7 @@ def describe_model(source: ModelSource, path: Path, revision: str) -> ModelMeta:
         _describe_configuration(meta, configuration)
         template = _template_of(path)
     meta.has_chat_template, meta.license = bool(template), entry.license
-    meta.capabilities = _capabilities(meta, template, insert)
+    meta.capabilities = _capabilities(meta, template, insert, rank)
     meta.parameter_count = check_files(meta)
     meta.size_bytes = sum(file.stat().st_size for file in weight_files(meta))
     fingerprint(meta)

@@ -49,7 +49,7 @@ GREEDY: Json = {"temperature": 0.0}
 SAME_ALONE_AND_TOGETHER = ("transformers", "pipeline")  # elsewhere a batch differs in last bits, and near-ties turn
 CONSTRAINTS: dict[str, set[str]] = {
     "vllm": {"format", "regex", "choice", "grammar"},
-    "llama.cpp": {"format", "choice", "grammar"},
+    "llama.cpp": {"format", "regex", "choice", "grammar"},
     "transformers": set(),
     "pipeline": set(),
 }
