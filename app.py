@@ -56,6 +56,7 @@ import base64
 import ctypes
 import errno
 import functools
+import gc
 import http.client
 import importlib
 import importlib.metadata
@@ -65,6 +66,7 @@ import json
 import logging
 import logging.handlers
 import math
+import multiprocessing
 import platform
 import queue
 import re
@@ -1786,18 +1788,133 @@ class StepGate:
         self.__exit__()
 
 
+# How thinking begins, in a chat template and in the text that it makes, and what comes before the answer itself.
+THINKING_TAGS = {
+    "<think>": "</think>",
+    "[THINK]": "[/THINK]",
+    "<|channel>": "<channel|>",
+    "<|channel|>": "<|channel|>final<|message|>",
+}
+
+
+class Prompt(msgspec.Struct):
+    """What a model goes on from, and how its answer reads: its formats, what begins thinking, what ends it."""
+
+    text: str
+    tokens: list[int]
+    formats: tuple[Format, ...] = ()
+    stops: tuple[str, ...] = ()
+    opens: dict[int, str] = {}
+    until: str = ""
+
+
+class Grammars:
+    """Compiles constraints and keeps the latest; a process of its own tries each, where it may take long or crash."""
+
+    SECONDS, KEPT = 2.0, 64
+
+    def __init__(self, vocabulary: str) -> None:
+        self._vocabulary, self.of = vocabulary, functools.lru_cache(self.KEPT)(self._of)
+        self._worker: Any = None
+
+    def _of(self, field: str, kind: str, text: str) -> Any:
+        """A compiled constraint. Raises BadRequest, which names the field. Blocking, for one thread at a time."""
+        if self._worker is None:
+            self._worker = multiprocessing.get_context("spawn").Pool(1)
+            self._worker.apply(_grammar_refusal, (self._vocabulary, "regex", ""))  # its start may take long
+        try:
+            refusal = self._worker.apply_async(_grammar_refusal, (self._vocabulary, kind, text)).get(self.SECONDS)
+        except multiprocessing.TimeoutError:
+            self._worker.terminate()
+            self._worker, refusal = None, f"it takes more than {self.SECONDS:g} s to compile. Make it simpler."
+        if refusal:
+            raise BadRequest(f"Field '{field}': {refusal}")
+        return _grammar(self._vocabulary, kind, text)
+
+
+@functools.lru_cache(1)
+def _grammar_compiler(vocabulary: str) -> Any:
+    import xgrammar
+
+    _die_with_parent()
+    about = xgrammar.TokenizerInfo.deserialize_json(vocabulary)
+    return xgrammar.GrammarCompiler(about, max_threads=1, cache_enabled=False)
+
+
+def _grammar(vocabulary: str, kind: str, text: str) -> Any:
+    options = {"max_whitespace_cnt": 20} if kind == "json_schema" else {}  # else a small model may write nothing but it
+    return getattr(_grammar_compiler(vocabulary), f"compile_{kind}")(text, **options)
+
+
+def _grammar_refusal(vocabulary: str, kind: str, text: str) -> str:
+    """Why a constraint cannot be compiled, or an empty text."""
+    try:
+        _grammar(vocabulary, kind, text)
+    except (RuntimeError, ValueError) as error:
+        return re.sub(r"^\[[\d:]+\] \S+: ", "", str(error).strip())[:500]
+    return ""
+
+
+def _grammar_source(sampling: Sampling) -> tuple[str, str]:
+    """A request's constraint in xgrammar's terms: what it is, and its text."""
+    if sampling.format is not None:
+        return "json_schema", json.dumps({"type": "object"} if sampling.format == "json" else sampling.format)
+    if sampling.regex is not None:
+        return "regex", sampling.regex
+    choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in sampling.choice or ())
+    return "grammar", sampling.grammar or f"root ::= {choices}"
+
+
+class Constraint:
+    """A logits processor: tokens that go on with a grammar, from where the model does not think, or no longer."""
+
+    def __init__(self, grammar: Any, prompt: Prompt) -> None:
+        import xgrammar
+
+        about = grammar.tokenizer_info
+        self._matcher = xgrammar.GrammarMatcher(grammar, terminate_without_stop_token=not about.stop_token_ids)
+        self._mask = xgrammar.allocate_token_bitmask(1, about.vocab_size)
+        self._apply, self._size = xgrammar.apply_token_bitmask_inplace, about.vocab_size
+        self._opens, self._until, self._thought = prompt.opens, prompt.until, ""
+
+    def __call__(self, _: Any, scores: Any) -> Any:
+        """Forbid what does not go on with the grammar, but not a first token that begins thinking."""
+        if self._until:
+            return scores
+        self._matcher.fill_next_token_bitmask(self._mask)
+        allowed = scores.clone()
+        self._apply(allowed, self._mask.to(scores.device))
+        allowed[:, self._size :] = -math.inf
+        for token in self._opens:
+            allowed[:, token] = scores[:, token]
+        return allowed
+
+    def take(self, token: int, text: str) -> bool:
+        """Take the token that was chosen, and the text that it completes; say whether the grammar is at its end."""
+        if self._until:
+            self._thought = self._thought[-len(self._until) :] + text
+            self._until = "" if self._until in self._thought else self._until
+            return False
+        self._until, self._opens = self._opens.get(token, ""), {}
+        return not self._until and (not self._matcher.accept_token(token) or self._matcher.is_terminated())
+
+
 class TokenStream(ThreadStream):
     """A transformers streamer for one generation: counts and decodes tokens, applies stop strings, hands over."""
 
-    def __init__(self, tokenizer: Any, sampling: Sampling, end_tokens: frozenset[int], gate: StepGate) -> None:
+    def __init__(self, engine: "TransformersEngine", sampling: Sampling, prompt: Prompt, grammar: Any) -> None:
         super().__init__()
-        self._tokenizer, self._gate = tokenizer, gate
-        self._stops = StopStrings([*(sampling.stop or ()), *(() if tokenizer.chat_template else PLAIN_TEMPLATE_STOP)])
+        self._tokenizer, self._gate, self._hidden = engine.tokenizer, engine.gate, engine.hidden
+        tagged = prompt.formats or prompt.opens or prompt.until  # a router reads the tags, which may be special tokens
+        options = {"skip_special_tokens": not tagged, "clean_up_tokenization_spaces": False}
+        self._decode = functools.partial(self._tokenizer.decode, **options)
+        self.stops = StopStrings([*(sampling.stop or ()), *prompt.stops])
         self._alternatives = sampling.logprobs
         self._likely: Any = None
         self._known: list[int] = []  # the latest tokens whose text is out, and those that are not whole characters yet
         self._open: list[int] = []
-        self.end_tokens = frozenset() if sampling.ignore_eos else end_tokens
+        self.constraint = Constraint(grammar, prompt) if grammar else None
+        self.end_tokens = frozenset() if sampling.ignore_eos and not grammar else engine.end_tokens
         self.count, self.finished, self.first_token_at = 0, False, 0.0
 
     def see_logits(self, _: Any, scores: Any) -> Any:
@@ -1817,36 +1934,40 @@ class TokenStream(ThreadStream):
         self.first_token_at = self.first_token_at or time.perf_counter()
         self.count += 1
         token = int(tokens[-1])
-        if token not in self.end_tokens:
-            text, logprobs = self._stops.feed(self._text_of(token)), self._logprobs(token)
+        complete, over = self._text_of(token), token in self.end_tokens
+        if not over:
+            text, logprobs = self.stops.feed(complete), self.logprobs(token, self._likely)
             if text or logprobs:
                 self.emit(Text(text, logprobs))
-        self.finished = token in self.end_tokens or self._stops.hit is not None
+        constrained = self.constraint is not None and self.constraint.take(token, complete)
+        self.finished = over or constrained or self.stops.hit is not None
         if not self.finished:
             self._gate.hand_over()
 
     def end(self) -> None:
         """`generate` is through."""
-        if text := self._stops.finish():
+        if text := self.stops.finish():
             self.emit(Text(text))
 
     def _text_of(self, token: int) -> str:
         """The text that a token completes, never half a character; decoded after a token before it, for the spaces."""
+        if token in self._hidden:
+            return ""
         self._open.append(token)
-        decode = functools.partial(self._tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        text: str = decode(self._known + self._open)[len(decode(self._known)) :]
+        text: str = self._decode(self._known + self._open)[len(self._decode(self._known)) :]
         if not text or text.endswith("\ufffd"):
             return ""
         self._known, self._open = self._open, []
         return text
 
-    def _logprobs(self, token: int) -> tuple[TokenLogprob, ...]:
-        if self._alternatives is None:
+    def logprobs(self, token: int, likely: Any) -> tuple[TokenLogprob, ...]:
+        """The entry of a token, if the request wants it, from the log-probabilities of all tokens at its place."""
+        if self._alternatives is None or likely is None:
             return ()
-        values, tokens = self._likely.topk(self._alternatives)
+        values, tokens = likely.topk(self._alternatives)
         likeliest = zip(tokens.tolist(), values.tolist(), strict=True)
         top = tuple(_token_logprob(self._tokenizer, *each) for each in likeliest)
-        return (_token_logprob(self._tokenizer, token, float(self._likely[token]), top),)
+        return (_token_logprob(self._tokenizer, token, float(likely[token]), top),)
 
 
 def _token_logprob(tokenizer: Any, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
@@ -1865,7 +1986,8 @@ def _token_logprob(tokenizer: Any, token: int, logprob: float, top: tuple[TokenL
 class TransformersEngine(Engine):
     """Safetensors on the model classes of transformers: one thread a request, one compute step at a time."""
 
-    OPTIONS = tuple(name for name in Sampling.__struct_fields__ if name not in ("format", "regex", "choice", "grammar"))
+    OPTIONS = Sampling.__struct_fields__
+    CONSTRAINTS = ("format", "regex", "choice", "grammar")
     RUNS_FOREIGN_CODE = False
 
     async def prepare(self) -> None:
@@ -1874,33 +1996,51 @@ class TransformersEngine(Engine):
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin  # noqa: F401  (the same)
 
     async def load(self, spec: EngineSpec, phase: Callable[[str], None]) -> EngineInfo:
-        """Load on the idle loop, and keep the model's own sampling and end tokens out of `generate`."""
+        """Load tokenizer and model; memory is cleaned before, and again when the load fails."""
         await self.prepare()
+        phase("imports")
+        _free_memory()
+        try:
+            info = await asyncio.to_thread(self._load, spec)
+        except BaseException:
+            _free_memory()
+            raise
+        phase("weights")
+        return info
+
+    def _load(self, spec: EngineSpec) -> EngineInfo:
+        """Keep the model's own sampling and end tokens out of `generate`."""
         import torch
         from transformers import AutoTokenizer, GenerationConfig
 
-        phase("imports")
         torch.set_num_threads(spec.threads)
-        self._gate = StepGate()
+        self.gate = StepGate()
         self._threads = ThreadPoolExecutor(max_workers=spec.parallel, thread_name_prefix="generate")
         granted = self.RUNS_FOREIGN_CODE and spec.trust_remote_code
-        self._tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=granted, local_files_only=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=granted, local_files_only=True)
+        if spec.chat_template != PLAIN_CHAT_TEMPLATE:
+            self.tokenizer.chat_template = spec.chat_template or self.tokenizer.chat_template
         self._model = model = self._load_model(spec.path, granted, **_loading_arguments(spec.quantization))
-        phase("weights")
-        if model.config.is_encoder_decoder or not model.can_generate():
+        if model.config.is_encoder_decoder or not hasattr(model, "generate"):
             raise RungRefused("an encoder-decoder model, or none that generates: a causal language model is needed")
-        config, own = model.config.get_text_config(), model.generation_config
+        config, own = model.config.get_text_config(), model.generation_config or GenerationConfig()
         ends = own.eos_token_id if own.eos_token_id is not None else config.eos_token_id
-        ends = [*(ends if isinstance(ends, list) else [ends]), self._tokenizer.eos_token_id]
-        self._end_tokens = frozenset(end for end in ends if end is not None)
+        ends = [*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id]
+        self.end_tokens = frozenset(end for end in ends if end is not None)
+        self.hidden = self.end_tokens | {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id}
         self._defaults = {**DEFAULT_SAMPLING, **_sampling_of(own.to_dict())}
         model.generation_config = GenerationConfig(pad_token_id=0)  # `generate` wants one, and a single row uses none
+        self._size, self._vocabulary = int(config.vocab_size), self.tokenizer.get_vocab()
         self._context_length = int(getattr(config, "max_position_embeddings", 0) or MAX_CONTEXT_LENGTH)
+        self._grammars: Grammars | None = None
+        self._grammar_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
+        able = importlib.util.find_spec("xgrammar") is not None and self.tokenizer.is_fast
+        self._options = tuple(name for name in self.OPTIONS if able or name not in self.CONSTRAINTS)
         stored = (model.config.to_dict().get("quantization_config") or {}).get("quant_method") or "none"
         return EngineInfo(
             quantization=spec.quantization if spec.quantization != "none" else str(getattr(stored, "value", stored)),
             context_length=self._context_length,
-            options=self.OPTIONS,
+            options=self._options,
             parameter_count=int(model.num_parameters()),
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
@@ -1913,58 +2053,140 @@ class TransformersEngine(Engine):
 
     async def pulse(self) -> None:
         """A turn at the gate comes when the steps of the others go on."""
-        await asyncio.to_thread(self._gate.pass_through)
+        await asyncio.to_thread(self.gate.pass_through)
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
         """Render in a thread, then generate in another; leaving cancels within a step."""
-        prompt = await asyncio.to_thread(self._render, request)
-        room = completion_room(len(prompt), self._context_length, request.sampling)
-        vocabulary = self._model.config.get_text_config().vocab_size
-        if any(token >= vocabulary for token in request.sampling.logit_bias or ()):
-            raise BadRequest(f"Field 'logit_bias': the vocabulary of the model ends at token {vocabulary - 1}.")
-        yield Started(len(prompt))
-        tokens = TokenStream(self._tokenizer, request.sampling, self._end_tokens, self._gate)
-        work = functools.partial(self._answer, request.sampling, prompt, room, tokens)
-        async with aclosing(tokens.events(self._threads, work)) as events:
+        sampling, required = request.sampling, request.tool_choice == "required"
+        prompt = await asyncio.to_thread(self._completed if request.task == "complete" else self._rendered, request)
+        room = completion_room(len(prompt.tokens), self._context_length, sampling)
+        self._check_tokens("logit_bias", sampling.logit_bias or ())
+        if required and "format" not in self._options:
+            raise BadRequest("Field 'tool_choice': a call cannot be enforced with this model's tokenizer.")
+        if required:
+            schema = enforced_schema(request.tools, request.parallel_tool_calls)
+            sampling = msgspec.structs.replace(sampling, format=schema, regex=None, choice=None, grammar=None)
+        grammar, field = None, "tools" if required else sampling.shape()
+        if field in self._options or required:
+            compiled = functools.partial(self._grammar, field, *_grammar_source(sampling))
+            grammar = await asyncio.get_running_loop().run_in_executor(self._grammar_thread, compiled)
+        yield Started(len(prompt.tokens))
+        tokens = TokenStream(self, sampling, prompt, grammar)
+        events = tokens.events(self._threads, functools.partial(self._answer, sampling, prompt, room, tokens))
+        if prompt.formats:
+            events = routed(events, TextRouter(prompt.formats, request.tools, bool(prompt.until)))
+        async with aclosing(events):
             async for event in events:
                 yield event
 
-    def _render(self, request: ChatRequest) -> list[int]:
-        """The chat template applied and tokenized."""
+    def _grammar(self, *source: str) -> Any:
+        """A compiled constraint; the first one of all makes the compiler."""
+        if self._grammars is None:
+            from xgrammar import TokenizerInfo
+
+            ends = [token for token in sorted(self.end_tokens) if token < self._size]
+            about = TokenizerInfo.from_huggingface(self.tokenizer, vocab_size=self._size, stop_token_ids=ends or None)
+            self._grammars = Grammars(about.serialize_json())
+        return self._grammars.of(*source)
+
+    async def work(self, request: ChatRequest) -> tuple[Any, int]:
+        """Count, tokenize, detokenize."""
+        if request.task == "count":
+            return None, len((await asyncio.to_thread(self._rendered, request)).tokens)
+        if request.task == "tokenize":
+            tokens = await asyncio.to_thread(self.tokenizer.encode, request.inputs[0], add_special_tokens=False)
+            return tokens, len(tokens)
+        if request.task != "detokenize":
+            return await super().work(request)
+        return self._completed(request).text, len(request.inputs[0])
+
+    def _check_tokens(self, field: str, tokens: Iterable[int]) -> None:
+        if any(not 0 <= token < self._size for token in tokens):
+            raise BadRequest(f"Field '{field}': the vocabulary of the model ends at token {self._size - 1}.")
+
+    def _rendered(self, request: ChatRequest) -> Prompt:
+        """The chat template applied and tokenized; its text says which formats the model speaks."""
         from jinja2 import TemplateError
 
-        messages = list(map(msgspec.structs.asdict, request.messages))
-        template = None if self._tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
-        options = {"chat_template": template, "add_generation_prompt": True, "return_dict": False}
+        tools, messages, template = list(request.tools), request.messages, PLAIN_CHAT_TEMPLATE
+        own = bool(self.tokenizer.chat_template)
+        if own:
+            template = self.tokenizer.get_chat_template(None, tools or None)
+        calls = tools or any(message.calls or message.role == "tool" for message in messages)
+        plain = bool(calls) and not re.search(r"\btools\b", template)
+        turns = template_messages(for_plain_template(messages, tools) if plain else messages)
+        options = {"chat_template": template, "add_generation_prompt": True, "tokenize": False}
+        options |= {"tools": None if plain else tools or None, **thinking_arguments(request.think)}
         try:
-            return list(self._tokenizer.apply_chat_template(messages, **options))
+            text = self.tokenizer.apply_chat_template(turns, **options)
         except TemplateError as error:
             raise BadRequest(f"The model's chat template refuses these messages: {error}") from error
+        formats = formats_of(template)
+        if tools and request.tool_choice == "required":
+            formats = (*[each for each in formats if each.until], ENFORCED)
+        tags = {} if request.think is False else {tag: end for tag, end in THINKING_TAGS.items() if tag in template}
+        return Prompt(
+            text,
+            self.tokenizer.encode(text, add_special_tokens=False),
+            formats,
+            () if own else PLAIN_TEMPLATE_STOP,
+            {self._vocabulary[tag]: end for tag, end in tags.items() if tag in self._vocabulary},
+            next((end for tag, end in THINKING_TAGS.items() if text.rstrip().endswith(tag)), ""),
+        )
 
-    def _answer(self, sampling: Sampling, prompt: list[int], room: int, tokens: TokenStream) -> None:
+    def _completed(self, request: ChatRequest) -> Prompt:
+        """A prompt without template: a text, or one with a hole before `suffix`, or token ids."""
+        given = request.inputs[0]
+        if not isinstance(given, str):
+            self._check_tokens("prompt", given)
+            return Prompt(self.tokenizer.decode(list(given), clean_up_tokenization_spaces=False), list(given))
+        text = infill(self._vocabulary, given, request.suffix) if request.suffix else given
+        tokens, first = self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.encode("")[:1]
+        tokens = tokens if tokens[: len(first)] == first else first + tokens
+        return Prompt(given, tokens or [self.tokenizer.bos_token_id or min(self.end_tokens, default=0)])
+
+    def _answer(self, sampling: Sampling, prompt: Prompt, room: int, tokens: TokenStream) -> None:
         """One generation, on a thread of its own, a step at a time."""
-        import torch
-
-        with self._gate:
+        with self.gate:
             began = time.perf_counter()
+            if sampling.echo:
+                tokens.emit(Text(prompt.text, self._prompt_logprobs(sampling, prompt, tokens)))
             if room > 0 and not tokens.cancelled.is_set():
-                ids = torch.tensor([prompt], device=self._model.device)
-                options = {**self._defaults, **sampling.chosen()}
-                self._model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    eos_token_id=sorted(tokens.end_tokens) or None,
-                    min_new_tokens=min(sampling.min_tokens or 0, room),
-                    max_new_tokens=room,
-                    do_sample=False,
-                    logits_processor=[tokens.see_logits, *_logits_processors(options, ids.device)],
-                    stopping_criteria=[tokens.should_stop],
-                    streamer=tokens,
-                )
+                self._generate(sampling, prompt.tokens, room, tokens)
         ended = time.perf_counter()
         first = tokens.first_token_at or ended
         reason: FinishReason = "stop" if tokens.finished else "length"
-        tokens.emit(Done(reason, len(prompt), tokens.count, first - began, ended - first))
+        hit = tokens.stops.hit if tokens.stops.hit in (sampling.stop or ()) else None
+        done = Done(reason, len(prompt.tokens), tokens.count, first - began, ended - first, stop_string=hit or "")
+        tokens.emit(done)
+
+    def _prompt_logprobs(self, sampling: Sampling, prompt: Prompt, tokens: TokenStream) -> tuple[TokenLogprob, ...]:
+        """An entry for each token of the prompt, from one pass; nothing comes before the first, so it has no number."""
+        import torch
+
+        if sampling.logprobs is None or not prompt.tokens:
+            return ()
+        with torch.inference_mode():
+            rows = self._model(torch.tensor([prompt.tokens], device=self._model.device)).logits[0]
+        likely = (row.float().log_softmax(-1) for row in rows)
+        rest = [tokens.logprobs(token, row)[0] for token, row in zip(prompt.tokens[1:], likely, strict=False)]
+        return (_token_logprob(self.tokenizer, prompt.tokens[0], math.nan), *rest)
+
+    def _generate(self, sampling: Sampling, prompt: list[int], room: int, tokens: TokenStream) -> None:
+        import torch
+
+        ids, options = torch.tensor([prompt], device=self._model.device), {**self._defaults, **sampling.chosen()}
+        self._model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            eos_token_id=sorted(tokens.end_tokens) or None,
+            min_new_tokens=0 if tokens.constraint else min(sampling.min_tokens or 0, room),
+            max_new_tokens=room,
+            do_sample=False,
+            logits_processor=[tokens.see_logits, *_logits_processors(options, ids.device, tokens.constraint)],
+            stopping_criteria=[tokens.should_stop],
+            streamer=tokens,
+        )
 
 
 class PipelineEngine(TransformersEngine):
@@ -1972,17 +2194,48 @@ class PipelineEngine(TransformersEngine):
 
     RUNS_FOREIGN_CODE = True
 
+    def _load(self, spec: EngineSpec) -> EngineInfo:
+        """A model whose code has a `generate` of its own kind is called whole, without sampling options."""
+        from transformers import GenerationMixin
+
+        info = super()._load(spec)
+        if type(self._model).generate is not GenerationMixin.generate:
+            self._options = ("max_tokens", "context_length", "stop", "echo")
+        return msgspec.structs.replace(info, options=self._options)
+
     def _load_model(self, path: str, granted: bool, **arguments: Any) -> Any:
         from transformers import pipeline
 
-        return pipeline(
+        self._pipeline = pipeline(
             "text-generation",
             model=path,
-            tokenizer=self._tokenizer,
+            tokenizer=self.tokenizer,
             trust_remote_code=granted,
             dtype=arguments.pop("dtype"),
             model_kwargs=arguments,  # as a direct argument the pipeline would lose the quantization
-        ).model
+        )
+        return self._pipeline.model
+
+    def _generate(self, sampling: Sampling, prompt: list[int], room: int, tokens: TokenStream) -> None:
+        if "temperature" in self._options:
+            super()._generate(sampling, prompt, room, tokens)
+        else:
+            result = self._pipeline(self.tokenizer.decode(prompt), max_new_tokens=room, return_full_text=False)
+            answer = self.tokenizer(_extract_text_from_pipeline_result(result), return_tensors="pt")["input_ids"][0]
+            for token in answer.split(1):
+                tokens.put(token)
+            tokens.finished = tokens.finished or tokens.count < room
+            tokens.end()
+
+
+def _free_memory() -> None:
+    """Collect garbage and give cached device memory back: before a load, and after a failed one."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
 
 
 def _cpu_has_bfloat16() -> bool:
@@ -2014,7 +2267,7 @@ def _sampling_of(generation_config: Mapping[str, Any]) -> Json:
     return {ours: generation_config[name] for name, ours in names.items() if generation_config.get(name) is not None}
 
 
-def _logits_processors(sampling: Mapping[str, Any], device: Any) -> Iterator[Any]:
+def _logits_processors(sampling: Mapping[str, Any], device: Any, constraint: Constraint | None) -> Iterator[Any]:
     """What changes the scores of one request, in order: penalties, transformers' own warpers, a choice by its seed."""
     import torch
     from transformers import generation
@@ -2022,6 +2275,8 @@ def _logits_processors(sampling: Mapping[str, Any], device: Any) -> Iterator[Any
     yield functools.partial(_penalize, sampling)
     if bias := sampling.get("logit_bias"):
         yield generation.SequenceBiasLogitsProcessor([[[token], float(at)] for token, at in bias.items()])
+    if constraint:
+        yield constraint
     if sampling["temperature"] <= 0:
         return
     yield generation.TemperatureLogitsWarper(float(sampling["temperature"]))
@@ -2054,6 +2309,30 @@ def _draw(generator: Any, _: Any, scores: Any) -> Any:
     """Choose the next token with the request's own generator and leave no other, so `generate` stays greedy."""
     chosen = scores.softmax(-1).multinomial(1, generator=generator)
     return scores.new_full(scores.shape, -math.inf).scatter(-1, chosen, 0.0)
+
+
+# Fill in the middle: what stands around the two texts, in the order in which models were trained on it.
+INFILL = (
+    "<|fim_prefix|>{}<|fim_suffix|>{}<|fim_middle|>", "<fim_prefix>{}<fim_suffix>{}<fim_middle>",
+    "<\uff5cfim\u2581begin\uff5c>{}<\uff5cfim\u2581hole\uff5c>{}<\uff5cfim\u2581end\uff5c>",
+    "\u2581<PRE>{}\u2581<SUF>{}\u2581<MID>",
+)  # fmt: skip
+
+
+def infill(vocabulary: Iterable[str], prefix: str, suffix: str) -> str:
+    """The prompt for what belongs between two texts. Raises BadRequest when the vocabulary has no tokens for it."""
+    form = next((form for form in INFILL if form.partition("{}")[0] in vocabulary), None)
+    if form is None:
+        raise BadRequest("Field 'suffix': the model has no tokens for filling in the middle.")
+    return form.format(prefix, suffix)
+
+
+def thinking_arguments(think: bool | str | None) -> Json:
+    """What chat templates call the wish to think; each takes the names that it knows."""
+    if think is None:
+        return {}
+    effort = {"reasoning_effort": think} if isinstance(think, str) else {}
+    return {"enable_thinking": bool(think), "thinking": bool(think), **effort}
 
 
 class VLLMEngine(Engine):

@@ -50,8 +50,8 @@ SAME_ALONE_AND_TOGETHER = ("transformers", "pipeline")  # elsewhere a batch diff
 CONSTRAINTS: dict[str, set[str]] = {
     "vllm": {"format", "regex", "choice", "grammar"},
     "llama.cpp": {"format", "regex", "choice", "grammar"},
-    "transformers": set(),
-    "pipeline": set(),
+    "transformers": {"format", "regex", "choice", "grammar"},
+    "pipeline": {"format", "regex", "choice", "grammar"},
 }
 
 

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,14 @@ CORPUS = [
     "What is the capital of France? The capital of France is Paris.",
     "One two three four five six seven eight nine ten, and then once more from the start.",
 ]
+CHAIN = ["<|assistant|>", "<think>", "a", "b", "</think>", "s", "o", END_OF_TEXT]
+CHAIN_TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool['function']['name'] }};{% endfor %}"
+    "{% for message in messages %}{{ message['content'] }}{% for call in message['tool_calls'] or [] %}"
+    "{{ call['function']['name'] }}({{ call['function']['arguments']['x'] }}){% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking %}<think>{% endif %}"
+)
 CONFIGURATION_CODE = '''"""Configuration of the tiny model with code of its own."""
 
 import os
@@ -81,6 +89,24 @@ if os.environ.get("CANARY"):
 
 class TinyForCausalLM(LlamaForCausalLM):
     config_class = TinyConfig
+'''
+
+WHOLE_CODE = '''"""The tiny model that is called whole."""
+
+import torch
+from transformers import GPT2Config, PreTrainedModel
+
+
+class WholeForCausalLM(PreTrainedModel):
+    config_class = GPT2Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.post_init()
+
+    def generate(self, input_ids, max_new_tokens=4, **_):
+        return torch.cat([input_ids, input_ids[:, -1:].repeat(1, min(max_new_tokens, 6))], dim=1)
 '''
 
 
@@ -145,6 +171,16 @@ def tiny_reranker(cache: Path | None = None) -> Path:
     return model_folder("tiny_reranker", cache)
 
 
+def tiny_chain(cache: Path | None = None) -> Path:
+    """A model that writes the token after each token that CHAIN names, if it may: it thinks, then says `so`."""
+    return model_folder("tiny_chain", cache)
+
+
+def tiny_whole(cache: Path | None = None) -> Path:
+    """A model with code of its own, whose `generate` is not of transformers' kind: it repeats its last token."""
+    return model_folder("tiny_whole", cache)
+
+
 # ---------------------------------------------------------------- the cache
 def cache_folder(cache: Path | None = None) -> Path:
     """Where models are kept."""
@@ -199,7 +235,7 @@ def publish(folder: Path, final: Path) -> None:
 
 
 # ---------------------------------------------------------------- parts of recipes
-def save_tokenizer(folder: Path, chat_template: str | None = None) -> None:
+def save_tokenizer(folder: Path, chat_template: str | None = None, special: Sequence[str] = ()) -> None:
     """Train a byte-level BPE tokenizer on a few sentences and save it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -210,7 +246,7 @@ def save_tokenizer(folder: Path, chat_template: str | None = None) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         min_frequency=1,
-        special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
+        special_tokens=[END_OF_TEXT, TURN_START, TURN_END, *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -218,7 +254,7 @@ def save_tokenizer(folder: Path, chat_template: str | None = None) -> None:
     wrapped: Any = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
-        eos_token=TURN_END if chat_template else END_OF_TEXT,
+        eos_token=TURN_END if chat_template and not special else END_OF_TEXT,
         pad_token=END_OF_TEXT,
         model_max_length=CONTEXT_LENGTH,
         clean_up_tokenization_spaces=False,
@@ -315,6 +351,39 @@ def make_custom_code(folder: Path, _root: Path) -> None:
     change_json(folder / "config.json", model_type="tiny-custom", architectures=["TinyForCausalLM"], auto_map=classes)
     (folder / "configuration_tiny.py").write_text(CONFIGURATION_CODE, encoding="utf-8")
     (folder / "modeling_tiny.py").write_text(MODELING_CODE, encoding="utf-8")
+
+
+def make_chain(folder: Path, _root: Path) -> None:
+    """A GPT-2 that does nothing but look the next token up; the vocabulary is padded, as many models' is."""
+    import torch
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    marks = [token for token in CHAIN if token.startswith("<")]
+    save_tokenizer(folder, CHAIN_TEMPLATE, [*marks[:-1], "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"])
+    size = VOCABULARY + 48
+    sizes = {"vocab_size": size, "n_positions": CONTEXT_LENGTH, "n_embd": size, "n_layer": 1, "n_head": 4}
+    model: Any = GPT2LMHeadModel(GPT2Config(**sizes, **token_ids(chat=False), tie_word_embeddings=False)).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1 if name.endswith("ln_f.weight") else 0)
+        model.transformer.wte.weight.copy_(torch.eye(size))
+        ids = tokenizer.convert_tokens_to_ids(CHAIN)
+        model.lm_head.weight[ids[1:], ids[:-1]] = 1.0
+        model.lm_head.weight[size - 1] = 0.5  # a row of the padding, which no text has
+    model.save_pretrained(folder)
+
+
+def make_whole(folder: Path, root: Path) -> None:
+    """The tokenizer of the tiny GPT-2 and code that has no weights to speak of."""
+    import torch
+    from safetensors.torch import save_file
+
+    copy_gpt2(folder, root)
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+    classes = {"AutoModelForCausalLM": "modeling_whole.WholeForCausalLM"}
+    change_json(folder / "config.json", architectures=["WholeForCausalLM"], auto_map=classes)
+    (folder / "modeling_whole.py").write_text(WHOLE_CODE, encoding="utf-8")
 
 
 def make_unknown_architecture(folder: Path, root: Path) -> None:
@@ -437,6 +506,8 @@ RECIPES: dict[str, Callable[[Path, Path], None]] = {
     "tiny_gpt2": make_gpt2,
     "tiny_moe": make_moe,
     "tiny_custom_code": make_custom_code,
+    "tiny_chain": make_chain,
+    "tiny_whole": make_whole,
     "tiny_unknown_architecture": make_unknown_architecture,
     "tiny_corrupt": make_corrupt,
     "tiny_pickle_only": make_pickle_only,
