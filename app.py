@@ -2329,10 +2329,8 @@ def infill(vocabulary: Iterable[str], prefix: str, suffix: str) -> str:
 
 def thinking_arguments(think: bool | str | None) -> Json:
     """What chat templates call the wish to think; each takes the names that it knows."""
-    if think is None:
-        return {}
     effort = {"reasoning_effort": think} if isinstance(think, str) else {}
-    return {"enable_thinking": bool(think), "thinking": bool(think), **effort}
+    return {} if think is None else {"enable_thinking": bool(think), "thinking": bool(think), **effort}
 
 
 class VLLMEngine(Engine):
@@ -2369,13 +2367,15 @@ class VLLMEngine(Engine):
             config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
         except (ValueError, NotImplementedError, ImportError) as error:
             raise RungRefused(f"vLLM: {_first_sentence(error)}") from error
+        config.structured_outputs_config.backend = "xgrammar"  # a core has one for all: by itself the first request's
         phase("configuration")
         self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         await self._engine.get_supported_tasks()  # starts its reader on this loop
         phase("engine core")
         self._watch = asyncio.create_task(self._end_with_the_core())
-        self._chat_template = spec.chat_template
         self._adapters: dict[str, Any] = {}
+        self._chat_template, self._tokenizer = spec.chat_template, self._engine.get_tokenizer()
+        self._template = str(spec.chat_template or getattr(self._tokenizer, "chat_template", None) or "")
         model = self._engine.model_config
         self._defaults = {**DEFAULT_SAMPLING, **_sampling_of(model.get_diff_sampling_param())}
         return EngineInfo(
@@ -2438,62 +2438,134 @@ class VLLMEngine(Engine):
         await self._engine.wake_up()
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
-        """Render, check the length, generate deltas; closing this iterator aborts the request in vLLM."""
+        """Render and generate; from a conversation's text take thinking and calls. Closing this aborts the request."""
+        prompt, chat, template = await self._prompt(request), request.task == "chat", self._template
+        end = self._tokenizer.decode(prompt["prompt_token_ids"][-8:]).rstrip() if chat else ""
+        begin = "" if end.endswith("<think>") else None  # what begins the thinking; None where there will be none
+        if chat and "<think>" in template and request.think is not False and not end.endswith(("<think>", "</think>")):
+            begin = "<think>"
+        formats = formats_of(template) if chat else ()
+        if request.tool_choice == "required":
+            formats = (*(each for each in formats if each.until), ENFORCED)
+        tags = formats not in ((), (ENFORCED,)) and not request.sampling.ignore_eos
+        form = {"structured_outputs": self._structure(request, begin), "skip_special_tokens": not tags}
+        events = self._raw(request, prompt, form)
+        events = routed(events, TextRouter(formats, request.tools, begin == "")) if chat else events
+        async with aclosing(events):
+            async for event in events:
+                yield event
+
+    async def work(self, request: ChatRequest) -> tuple[Any, int]:
+        """Count, tokenize, detokenize."""
+        if request.task == "detokenize":
+            return self._text(request.inputs[0]), len(request.inputs[0])
+        if request.task not in ("count", "tokenize"):
+            return await super().work(request)
+        ids = list((await self._prompt(request))["prompt_token_ids"])
+        return ids if request.task == "tokenize" else None, len(ids)
+
+    async def _prompt(self, request: ChatRequest) -> Any:
+        """The tokens of what the model goes on from: rendered turns, or what was given. Raises BadRequest."""
         from vllm.renderers import ChatParams, TokenizeParams
 
-        messages = list(map(msgspec.structs.asdict, request.messages))
-        template = {"add_generation_prompt": True, "continue_final_message": False, "tokenize": False}
-        chat = ChatParams(chat_template=self._chat_template, chat_template_kwargs=template)
+        for given in request.inputs:
+            text = infill(self._tokenizer.get_vocab(), self._text(given), request.suffix) if request.suffix else given
+            part = {"prompt": text} if isinstance(text, str) else {"prompt_token_ids": list(text)}
+            return (await self._engine.renderer.render_cmpl_async([part], TokenizeParams(max_total_tokens=None)))[0]
+        turns, tools, template = request.messages, request.tools, self._template
+        foreign = tools or any(turn.calls or turn.role == "tool" for turn in turns)
+        if foreign and template and "tools" not in template:
+            turns, tools = tuple(for_plain_template(turns, tools)), ()
+        messages = [turn | {"reasoning": turn.get("reasoning_content")} for turn in template_messages(turns)]
+        options: Json = {"add_generation_prompt": True, "continue_final_message": False, "tokenize": False}
+        options |= {"tools": list(tools) or None, **thinking_arguments(request.think)}
+        chat = ChatParams(chat_template=self._chat_template, chat_template_kwargs=options)
         unlimited = TokenizeParams(max_total_tokens=None, add_special_tokens=False)
         async with _vllm_errors("The model's chat template refuses these messages"):
             # vLLM's own renderer also knows models that have no Jinja template
-            _, [prompt] = await self._engine.renderer.render_chat_async([messages], chat, unlimited)
-        prompt_tokens = len(prompt["prompt_token_ids"])
-        room = completion_room(prompt_tokens, self._engine.model_config.max_model_len, request.sampling)
-        if room == 0:
-            yield Started(prompt_tokens)
-            yield Done("length", prompt_tokens, 0, 0.0, 0.0)
+            return (await self._engine.renderer.render_chat_async([messages], chat, unlimited))[1][0]
+
+    def _text(self, given: Input) -> str:
+        return given if isinstance(given, str) else str(self._tokenizer.decode(list(given)))
+
+    async def _raw(self, request: ChatRequest, prompt: Any, form: Json) -> AsyncGenerator[Event, None]:
+        """Check the length, generate deltas of the text as the model writes it."""
+        ids, asked = prompt["prompt_token_ids"], request.sampling
+        room = completion_room(len(ids), self._engine.model_config.max_model_len, asked)
+        echo = "".join(map(self._text, request.inputs)) if asked.echo else ""  # scored only with a token after it
+        if room == 0 and not echo:
+            yield Started(len(ids))
+            yield Done("length", len(ids), 0, 0.0, 0.0)
             return
-        shape, began, tokens = request.sampling.shape(), time.perf_counter(), 0
+        shape, began, first, tokens = asked.shape(), time.perf_counter(), 0.0, 0
         refusal = f"Field '{shape}': vLLM refuses the request" if shape else "vLLM refuses the request"
-        async with _vllm_errors(refusal), aclosing(await self._outputs(prompt, request, room)) as outputs:
+        async with _vllm_errors(refusal), aclosing(await self._outputs(prompt, request, room, form)) as outputs:
             async for output in outputs:
                 completion = output.outputs[0]
-                if tokens == 0:  # until now vLLM may have refused the request
+                if not first:  # until now vLLM may have refused the request
                     first = time.perf_counter()
-                    yield Started(prompt_tokens)
+                    yield Started(len(ids))
+                if echo:
+                    yield Text(echo, self._logprobs(ids, output.prompt_logprobs, asked.logprobs))
+                    echo = ""
                 tokens += len(completion.token_ids)
-                if completion.text or completion.logprobs:
-                    yield Text(completion.text, self._logprobs(completion, request.sampling.logprobs or 0))
+                if room and (completion.text or completion.logprobs):
+                    logprobs = self._logprobs(completion.token_ids, completion.logprobs, asked.logprobs)
+                    yield Text(completion.text, logprobs)
                 if completion.finish_reason in ("error", "abort"):
                     raise EngineFailed(f"vLLM ended the request with {completion.finish_reason}.")
                 if completion.finish_reason is not None:
-                    reason: FinishReason = "length" if completion.finish_reason == "length" else "stop"
-                    times = first - began, time.perf_counter() - first
-                    yield Done(reason, prompt_tokens, tokens, *times, cached_tokens=output.num_cached_tokens or 0)
+                    reason: FinishReason = "stop" if room and completion.finish_reason != "length" else "length"
+                    stop = completion.stop_reason if completion.stop_reason in (asked.stop or ()) else ""
+                    times, cached = (first - began, time.perf_counter() - first), output.num_cached_tokens or 0
+                    yield Done(reason, len(ids), min(tokens, room), *times, cached_tokens=cached, stop_string=stop)
 
-    async def _outputs(self, prompt: Any, request: ChatRequest, room: int) -> Any:
+    def _structure(self, request: ChatRequest, begin: str | None) -> Any:
+        """The wanted form of an answer; where thinking may begin, or has begun, the form begins after it."""
+        from vllm.sampling_params import StructuredOutputsParams
+
+        shape = request.sampling.shape()
+        wanted = getattr(request.sampling, shape, None)
+        if request.tool_choice == "required":
+            shape, wanted = "format", enforced_schema(request.tools, request.parallel_tool_calls)
+        if not shape:
+            return None
+        if shape == "choice":
+            rules = [json.dumps(choice, ensure_ascii=False) for choice in request.sampling.choice or ()]
+            shape, wanted = "grammar", f"root ::= {' | '.join(rules)}"
+        if begin is None and shape != "format":
+            return StructuredOutputsParams(**{shape: wanted})
+        answer: Json = {"type": shape, "pattern" if shape == "regex" else shape: wanted}
+        if shape == "format":  # with limits: small models fill with spaces whatever room they have for them
+            wanted = {"type": "object"} if wanted == "json" else wanted
+            spaces = 1 if request.tool_choice == "required" else 20
+            answer = {"type": "json_schema", "json_schema": wanted, "max_whitespace_cnt": spaces}
+        thought: Json = {"type": "tag", "begin": begin, "content": {"type": "any_text"}, "end": "</think>"}
+        before: Json = {"type": "sequence", "elements": [thought, {"type": "regex", "pattern": r"\n{0,2}"}]}
+        before = {"type": "optional", "content": before} if begin else before
+        parts = [answer] if begin is None else [before, answer]
+        tag = {"type": "structural_tag", "format": {"type": "sequence", "elements": parts}}
+        return StructuredOutputsParams(structural_tag=json.dumps(tag))
+
+    async def _outputs(self, prompt: Any, request: ChatRequest, room: int, form: Json) -> Any:
         """vLLM's stream of outputs for a rendered prompt, in deltas; before anything computes the adapter is loaded."""
         from vllm.lora.request import LoRARequest
-        from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        chosen, shape, structure = {**self._defaults, **request.sampling.chosen()}, request.sampling.shape(), None
-        if chosen.get("format") == "json":
-            structure = StructuredOutputsParams(json_object=True)
-        elif shape:  # the only one: a request with two is refused
-            wanted = list(chosen[shape]) if shape == "choice" else chosen[shape]
-            structure = StructuredOutputsParams(**{"json" if shape == "format" else shape: wanted})
+        chosen = {**self._defaults, **request.sampling.chosen()}
+        plain = self._chat_template == PLAIN_CHAT_TEMPLATE and request.task == "chat"
         same = ("temperature", "min_p", "ignore_eos", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs")
         sampling = SamplingParams(
             **{name: chosen[name] for name in same if name in chosen},
-            max_tokens=room,
+            **form,
+            prompt_logprobs=chosen.get("logprobs") if chosen.get("echo") else None,
+            max_tokens=max(1, room),
             min_tokens=min(chosen.get("min_tokens", 0), room),
             top_p=chosen["top_p"] or 1.0,
             top_k=max(0, chosen["top_k"]),
             seed=chosen["seed"] if chosen.get("seed", -1) >= 0 else None,
-            stop=[*chosen.get("stop", ()), *(PLAIN_TEMPLATE_STOP if self._chat_template else ())],
+            stop=[*chosen.get("stop", ()), *(PLAIN_TEMPLATE_STOP if plain else ())],
             repetition_penalty=chosen.get("repeat_penalty", 1.0),
-            structured_outputs=structure,
             output_kind=RequestOutputKind.DELTA,
         )
         if (path := request.adapter) and path not in self._adapters:
@@ -2508,14 +2580,16 @@ class VLLMEngine(Engine):
             self._adapters[path] = adapter
         return self._engine.generate(prompt, sampling, secrets.token_hex(8), lora_request=self._adapters.get(path))
 
-    def _logprobs(self, completion: Any, alternatives: int) -> tuple[TokenLogprob, ...]:
-        """One entry a token; vLLM lists the chosen token with its likeliest alternatives, whatever its own rank."""
-        tokenizer, entries = self._engine.get_tokenizer(), []
-        for chosen, likely in zip(completion.token_ids, completion.logprobs or (), strict=False):
-            ranked = sorted(likely.items(), key=lambda item: -item[1].logprob)[:alternatives]
-            top = tuple(_token_logprob(tokenizer, token, one.logprob) for token, one in ranked)
-            entries.append(_token_logprob(tokenizer, chosen, likely[chosen].logprob, top))
-        return tuple(entries)
+    def _logprobs(self, ids: Iterable[int], entries: Any, alternatives: int | None) -> tuple[TokenLogprob, ...]:
+        """One entry a token; vLLM lists the token itself with its likeliest alternatives, whatever its own rank."""
+        found = []
+        for token, likely in zip(ids, entries or (), strict=False):
+            scores = {one: min(0.0, each.logprob) for one, each in (likely or {}).items()}
+            ranked = sorted(scores, key=lambda one: -scores[one])[: alternatives or 0]
+            top = tuple(_token_logprob(self._tokenizer, one, scores[one]) for one in ranked)
+            own = scores.get(token, math.nan)  # the first token of a prompt follows nothing
+            found.append(_token_logprob(self._tokenizer, token, own, top))
+        return tuple(found)
 
 
 @asynccontextmanager

@@ -1,16 +1,26 @@
 """What only vLLM has: an engine core in a process of its own, which may die at any time, and words of its own."""
 
+import asyncio
 import json
+import math
+import re
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import pytest
 import tinymodels
-from harness import Json, Server, text_of, wait_until
+from harness import Json, Server, text_of, vllm_python, wait_until, why_no_vllm
 from hubstub import HubStub
+from msgspec.structs import replace
+
+import app
+from app import Call, ChatRequest, Message, Sampling
 
 MODEL = tinymodels.LORA_BASE
 LORA, WIDE = "test/lora", "test/lora-wide"  # adapters of rank 4 and 16
@@ -249,3 +259,307 @@ def test_logprobs_need_no_compiler(vllm: Server) -> None:
     assert reply.status_code == 200, reply.text
     assert reply.headers["x-backend"] == "vllm"
     assert len(reply.json()["logprobs"]) == reply.json()["eval_count"]
+
+
+# -- one engine, asked without HTTP -------------------------------------------
+
+T = TypeVar("T")
+
+
+class Direct:
+    """A model in a child of its own, and the loop that hears it."""
+
+    def __init__(self, folder: Path, model: str, **facts: Any) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        spec = app.EngineSpec("vllm", model, str(folder), kv_cache_bytes=256 * 1024 * 1024, memory_share=0.3, **facts)
+        self.engine = self.run(self._start(spec))
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine on the loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(300)
+
+    async def _start(self, spec: app.EngineSpec) -> app.EngineProcess:
+        child = await app.ChildProcess.spawn("--engine", app._child_environment(1), str(vllm_python()))
+        engine = app.EngineProcess(spec, "", lambda _: None)
+        await engine.start(child)
+        return engine
+
+    def reply(self, **fields: Any) -> app.Reply:
+        """One request's whole reply."""
+        return self.run(app.fold(self.engine.stream(ChatRequest(self.engine.spec.model, **fields))))
+
+    def said(self, **fields: Any) -> app.Choice:
+        """The only answer of one request."""
+        (choice,) = self.reply(**fields).choices
+        return choice
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        found: list[int] = self.reply(task="tokenize", inputs=(text,)).result
+        return found
+
+    def stop(self) -> None:
+        """End the child and the loop."""
+        self.run(self.engine.stop())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+
+@pytest.fixture(scope="module")
+def thinker() -> Iterator[Direct]:
+    """The random model whose template knows tools and thinking."""
+    if vllm_python() is None:
+        pytest.skip(why_no_vllm())
+    direct = Direct(tinymodels.tiny_thinker(), "test/thinker")
+    yield direct
+    direct.stop()
+
+
+def user(text: str) -> Message:
+    """A user's turn."""
+    return Message("user", text)
+
+
+ASKED = (user("the dog"),)
+TOOL: Json = {
+    "type": "function",
+    "function": {
+        "name": "light",
+        "parameters": {
+            "type": "object",
+            "properties": {"on": {"type": "boolean"}, "room": {"enum": ["hall", "attic"]}},
+            "required": ["on", "room"],
+            "additionalProperties": False,
+        },
+    },
+}
+CALLED: Json = {"tools": (TOOL,), "tool_choice": "required"}
+SHORT = Sampling(max_tokens=8, temperature=0.0)
+START, TURN = "<|im_start|>", "<|im_start|>user\nthe dog<|im_end|>\n<|im_start|>assistant\n"
+HISTORY = (
+    *ASKED,
+    Message("assistant", thinking="hm", calls=(Call("c1", "light", '{"on": true}'),)),
+    Message("tool", "done", call_id="c1", tool_name="light"),
+)
+RENDERED = (
+    f"{START}user\nthe dog<|im_end|>\n{START}assistant\n<think>hm</think>"
+    f'<tool_call>light:{{"on": true}}</tool_call><|im_end|>\n{START}tool\ndone<|im_end|>\n{START}assistant\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt"),
+    [
+        ({}, TURN),
+        ({"tools": (TOOL,)}, "[light]" + TURN),
+        ({"think": True}, TURN + "<think>\n"),
+        ({"think": "high"}, TURN + "<think>\n"),
+        ({"think": False}, TURN + "<think>\n\n</think>\n\n"),
+        ({"messages": HISTORY, "tools": (TOOL,)}, "[light]" + RENDERED),
+        ({"template": "{{ messages[0].content }}"}, "the dog"),
+    ],
+    ids=["plain", "tools", "think", "level", "no thinking", "history", "template of the request"],
+)
+def test_what_a_template_is_given(thinker: Direct, fields: Json, prompt: str) -> None:
+    """Tools, thinking, calls and results are rendered; what is counted is what a reply counts."""
+    fields = {"messages": ASKED, **fields}
+    counted = thinker.reply(task="count", **fields)
+    assert counted.done.prompt_tokens == len(thinker.ids(prompt))
+    assert thinker.reply(sampling=SHORT, **fields).done.prompt_tokens == counted.done.prompt_tokens
+
+
+def test_a_template_without_tools_gets_them_as_text(thinker: Direct) -> None:
+    """The same list, calls and results as on every engine."""
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }};{% endfor %}"
+    turns = app.for_plain_template(HISTORY, (TOOL,))
+    expected = "".join(f"{turn.role}: {turn.content};" for turn in turns)
+    counted = thinker.reply(task="count", messages=HISTORY, tools=(TOOL,), template=template)
+    assert counted.done.prompt_tokens == len(thinker.ids(expected))
+
+
+def check_calls(choice: app.Choice) -> None:
+    """Nothing but valid calls."""
+    assert choice.reason == "tool_calls"
+    assert not choice.text.strip()
+    for call in choice.calls:
+        arguments = json.loads(call.arguments)
+        assert (call.name, set(arguments)) == ("light", {"on", "room"})
+        assert isinstance(arguments["on"], bool) and arguments["room"] in ("hall", "attic")
+
+
+@pytest.mark.parametrize("think", [None, True, False])
+@pytest.mark.parametrize("template", ["", "{{ messages[-1].content }}"], ids=["own", "plain"])
+def test_a_required_call_is_made(thinker: Direct, think: bool | None, template: str) -> None:
+    """Even by a random model, after its thinking where it thinks, and one call alone where more are not wanted."""
+    wanted = {"</think>": 60.0, "<think>": 40.0, "]": 20.0}  # it comes to an end as soon as it may
+    bias = {thinker.ids(text)[0]: weight for text, weight in wanted.items()}
+    sampling = Sampling(max_tokens=300, temperature=0.0, logit_bias=bias)
+    settings: Json = {"messages": ASKED, "sampling": sampling, "think": think, "template": template, **CALLED}
+    choice = thinker.said(parallel_tool_calls=False, **settings)
+    check_calls(choice)
+    assert len(choice.calls) == 1
+    choice = thinker.said(**settings)
+    check_calls(choice)
+    assert choice.calls
+
+
+FORMS: list[tuple[Json, str]] = [
+    (
+        {"format": TOOL["function"]["parameters"]},
+        r'\{\s*"on"\s*:\s*(true|false)\s*,\s*"room"\s*:\s*"(hall|attic)"\s*\}',
+    ),
+    ({"regex": "[0-9]{3}-[a-c]{2}"}, "[0-9]{3}-[a-c]{2}"),
+    ({"choice": ("naïve 🌍", "b")}, "naïve 🌍|b"),
+    ({"grammar": 'root ::= "yes" | "no"'}, "yes|no"),
+]
+
+
+@pytest.mark.parametrize("think", [None, True, False])
+@pytest.mark.parametrize(("form", "pattern"), FORMS, ids=["format", "regex", "choice", "grammar"])
+def test_a_form_begins_after_the_thinking(thinker: Direct, form: Json, pattern: str, think: bool | None) -> None:
+    """Where it thinks the model is free until the end of that; the answer alone has the form."""
+    sampling = Sampling(max_tokens=120, temperature=0.0, **form)
+    if think is None:  # nothing of a form but free text has an x in it: the model begins to think by itself
+        begun = {thinker.ids("<think>")[0]: 30.0, thinker.ids("</think>")[0]: 60.0}
+        sampling = replace(sampling, logit_bias=begun)
+    if think is True:
+        sampling = replace(sampling, logit_bias={thinker.ids("</think>")[0]: 3.0})
+    reply = thinker.reply(messages=ASKED, sampling=sampling, think=think)
+    (choice,) = reply.choices
+    assert choice.reason == "stop", choice
+    assert re.fullmatch(pattern, choice.text.strip()), choice
+    assert "think>" not in choice.thinking
+    alone = len(thinker.ids(choice.text))
+    assert (reply.done.completion_tokens > alone + 1) == (think is not False), (reply, alone)
+
+
+def test_a_model_that_may_think_need_not(thinker: Direct) -> None:
+    """It keeps to the form from the first token on."""
+    bias = {thinker.ids("<think>")[0]: -100.0}
+    sampling = Sampling(max_tokens=20, temperature=0.0, choice=("yes", "no"), logit_bias=bias)
+    assert thinker.said(messages=ASKED, sampling=sampling).text in ("yes", "no")
+
+
+def test_a_schema_with_more_than_a_grammar_can_say(thinker: Direct) -> None:
+    """What a grammar has no means for is left out, as on other engines; the rest of the schema holds."""
+    link = {"type": "string", "format": "uri", "minLength": 1, "maxLength": 2083}
+    schema = {"type": "object", "properties": {"link": link}, "required": ["link"], "additionalProperties": False}
+    choice = thinker.said(messages=ASKED, think=False, sampling=Sampling(max_tokens=40, temperature=0.0, format=schema))
+    assert re.match(r'\{\s*"link"', choice.text)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{"format": {"type": "nonsense"}}, {"regex": "(unclosed"}, {"grammar": "root ::= ("}],
+    ids=["format", "regex", "grammar"],
+)
+@pytest.mark.parametrize("think", [True, False])
+def test_a_bad_form_after_thinking_is_refused(thinker: Direct, form: Json, think: bool) -> None:
+    """As one without thinking is, and the engine goes on."""
+    with pytest.raises(app.BadRequest, match=next(iter(form))):
+        thinker.reply(messages=ASKED, think=think, sampling=Sampling(max_tokens=8, **form))
+    assert thinker.reply(messages=ASKED, sampling=SHORT).done.completion_tokens > 0
+
+
+def test_end_tokens_do_not_leak(thinker: Direct) -> None:
+    """The text shows tags to who takes them out, and never the token that ended it, nor its own with `ignore_eos`."""
+    end = thinker.ids("<|im_end|>")[0]
+    for ignore in (False, True):
+        sampling = Sampling(max_tokens=4, temperature=0.0, logit_bias={end: 100.0}, ignore_eos=ignore)
+        reply = thinker.reply(messages=ASKED, sampling=sampling)
+        assert reply.choices[0].text == ""
+        assert reply.done.reason == ("length" if ignore else "stop")
+
+
+# -- raw text -----------------------------------------------------------------
+
+
+def test_a_raw_prompt_as_text_or_tokens(thinker: Direct) -> None:
+    """No template, nothing taken out; both ways are the same; several prompts are answered apart."""
+    prompt, ids = "the quick brown", tuple(thinker.ids("the quick brown"))
+    text, tokens = (thinker.reply(task="complete", inputs=(one,), sampling=SHORT) for one in (prompt, ids))
+    assert text.choices == tokens.choices and text.choices[0].text
+    assert text.done.prompt_tokens == len(ids)
+    both = thinker.reply(task="complete", inputs=(prompt, "What is"), sampling=SHORT)
+    assert [choice.text for choice in both.choices] == [
+        thinker.said(task="complete", inputs=(one,), sampling=SHORT).text for one in (prompt, "What is")
+    ]
+
+
+def test_tokens_that_there_are_not(thinker: Direct) -> None:
+    """Refused, and the engine goes on."""
+    with pytest.raises(app.BadRequest):
+        thinker.reply(task="complete", inputs=((10**6,),), sampling=SHORT)
+    assert thinker.said(task="complete", inputs=("the",), sampling=SHORT).text
+
+
+@pytest.mark.parametrize("given", ["text", "ids"])
+@pytest.mark.parametrize("room", [0, 4])
+def test_an_echo_is_scored(thinker: Direct, given: str, room: int) -> None:
+    """The prompt comes first, one entry a token: the first has no probability, the others are those of the model."""
+    prompt = "the quick 🌍 fox"
+    inputs = (prompt if given == "text" else tuple(thinker.ids(prompt)),)
+    sampling = Sampling(max_tokens=room, temperature=0.0, echo=True, logprobs=2)
+    (choice,) = (reply := thinker.reply(task="complete", inputs=inputs, sampling=sampling)).choices
+    plain = thinker.said(task="complete", inputs=inputs, sampling=Sampling(max_tokens=room, temperature=0.0))
+    assert choice.text == prompt + plain.text
+    scored = choice.logprobs[: len(thinker.ids(prompt))]
+    assert len(choice.logprobs) == len(scored) + room
+    assert b"".join(entry.data for entry in scored).decode() == prompt
+    unknown, *known = (entry.logprob for entry in scored)
+    assert math.isnan(unknown) and all(-100 < logprob <= 0 for logprob in known)
+    assert [len(entry.top) for entry in scored] == [0] + [2] * len(known)
+    assert (reply.done.completion_tokens, reply.done.reason) == (room, "length")
+
+
+@pytest.mark.parametrize("room", [0, 4])
+def test_an_echo_without_scores(thinker: Direct, room: int) -> None:
+    """The text alone."""
+    sampling = Sampling(max_tokens=room, temperature=0.0, echo=True)
+    choice = thinker.said(task="complete", inputs=("the dog",), sampling=sampling)
+    plain = thinker.said(task="complete", inputs=("the dog",), sampling=Sampling(max_tokens=room, temperature=0.0))
+    assert choice.text == "the dog" + plain.text
+    assert choice.logprobs == []
+
+
+def test_a_suffix_is_put_where_the_model_wants_it(thinker: Direct) -> None:
+    """Between the tokens for filling in the middle."""
+    reply = thinker.reply(task="complete", inputs=("the {} dog",), suffix=" in the {0} sun", sampling=SHORT)
+    wanted = "<|fim_prefix|>the {} dog<|fim_suffix|> in the {0} sun<|fim_middle|>"
+    assert reply.done.prompt_tokens == len(thinker.ids(wanted))
+    same = thinker.reply(task="complete", inputs=(wanted,), sampling=SHORT)
+    assert reply.choices == same.choices
+
+
+def test_no_tokens_for_a_suffix() -> None:
+    """A 400 that names the field."""
+    with pytest.raises(app.BadRequest, match="'suffix'"):
+        app.infill({"a": 1}, "b", "c")
+
+
+def test_tokens_make_the_text_again(thinker: Direct) -> None:
+    """Every character, and the special ones by their names."""
+    text = "naïve 🌍 <think> 你好\n<|im_end|>"
+    ids = thinker.ids(text)
+    back = thinker.reply(task="detokenize", inputs=(tuple(ids),))
+    assert (back.result, back.done.prompt_tokens) == (text, len(ids))
+
+
+def test_what_the_engine_cannot_do_is_refused(thinker: Direct) -> None:
+    """With the task's name."""
+    with pytest.raises(app.BadRequest, match="embed"):
+        thinker.reply(task="embed", inputs=("a",))
+
+
+def test_the_stop_string_is_named(thinker: Direct) -> None:
+    """The one that ended the reply, and none where nothing did."""
+    sampling = Sampling(max_tokens=24, temperature=0.0)
+    free = thinker.said(task="complete", inputs=("the dog",), sampling=sampling)
+    stop = free.text[2:4]
+    cut = replace(sampling, stop=("never to be seen", stop))
+    choice = thinker.said(task="complete", inputs=("the dog",), sampling=cut)
+    assert (choice.text, choice.stop_string) == (free.text[: free.text.index(stop)], stop)
+    assert free.stop_string == ""

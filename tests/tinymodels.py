@@ -21,6 +21,7 @@ from typing import Any
 
 VERSION = 1  # raise it when a recipe changes, so that old folders are not used
 CONTEXT_LENGTH = 512
+VLLM_HEADS = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}  # as large as it wants on CPUs
 VOCABULARY = 384
 LORA_BASE = "test/smollm2"  # the name under which the stand-in Hub has the model of smollm2_safetensors
 END_OF_TEXT = "<|endoftext|>"
@@ -45,6 +46,21 @@ TOOL_CALLS = (
     '<tool_call>\n{"name": "get_time", "arguments": {"zone": "é", "days": [1, 2]}}\n</tool_call>'
 )
 LEARNT = {"Q": "Paris is the capital.", "T": TOOL_CALLS, "R": "It is sunny in Boston."}
+THINKING_TEMPLATE = (  # the tools first; at the end thinking is left to the model, opened, or closed
+    "{% if tools %}{% for tool in tools %}{{ '[' + tool.function.name + ']' }}{% endfor %}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + (message.content or '') }}"
+    "{% if message.reasoning_content %}{{ '<think>' + message.reasoning_content + '</think>' }}{% endif %}"
+    "{% for call in message.tool_calls or [] %}"
+    "{{ '<tool_call>' + call.function.name + ':' + (call.function.arguments | tojson) + '</tool_call>' }}"
+    "{% endfor %}{{ '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking %}{{ '<think>\\n' }}{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+)
+THINKING_TOKENS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+INFILL_TOKENS = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog sleeps on in the sun.",
     "A model reads the words that came before and guesses the word that comes next.",
@@ -134,6 +150,11 @@ def tiny_custom_code(cache: Path | None = None) -> Path:
 def tiny_unknown_architecture(cache: Path | None = None) -> Path:
     """A model of a type that transformers does not know, without code of its own."""
     return model_folder("tiny_unknown_architecture", cache)
+
+
+def tiny_thinker(cache: Path | None = None) -> Path:
+    """A random Llama whose template knows tools and thinking, with tokens for filling in the middle."""
+    return model_folder("tiny_thinker", cache)
 
 
 def tiny_corrupt(cache: Path | None = None) -> Path:
@@ -386,6 +407,15 @@ def make_whole(folder: Path, root: Path) -> None:
     (folder / "modeling_whole.py").write_text(WHOLE_CODE, encoding="utf-8")
 
 
+def make_thinker(folder: Path, _root: Path) -> None:
+    """A Llama with heads as large as vLLM wants them on CPUs."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = llama_like_sizes() | VLLM_HEADS
+    save_model(LlamaForCausalLM, LlamaConfig(**sizes, **token_ids(chat=True)), folder)
+    save_tokenizer(folder, THINKING_TEMPLATE, [*THINKING_TOKENS, *INFILL_TOKENS])
+
+
 def make_unknown_architecture(folder: Path, root: Path) -> None:
     """The tiny GPT-2 under a name that nobody knows."""
     copy_gpt2(folder, root)
@@ -463,7 +493,7 @@ def make_tools(folder: Path, _root: Path) -> None:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    sizes = {**llama_like_sizes(), "vocab_size": len(tokenizer)}
+    sizes = {**llama_like_sizes(), "vocab_size": len(tokenizer), **VLLM_HEADS}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **token_ids(chat=True)))
     prompts = [f"{TURN_START}{kind}{how}" for kind in LEARNT for how in ("", "<think>\n\n</think>\n\n")]
     answers = [how + text + TURN_END for text in LEARNT.values() for how in (THOUGHT, "")]
@@ -508,6 +538,7 @@ RECIPES: dict[str, Callable[[Path, Path], None]] = {
     "tiny_custom_code": make_custom_code,
     "tiny_chain": make_chain,
     "tiny_whole": make_whole,
+    "tiny_thinker": make_thinker,
     "tiny_unknown_architecture": make_unknown_architecture,
     "tiny_corrupt": make_corrupt,
     "tiny_pickle_only": make_pickle_only,
