@@ -21,6 +21,39 @@ Ask it:    curl -N localhost:8005/chat -d '{"model":"smollm2:135m","messages":[{
 | GET /health/live | the process answers |
 | GET /health/ready | requests are welcome |
 | GET / | `Ollama is running`, which its clients look for |
+| POST /api/chat | Ollama: a conversation |
+| POST /api/generate | Ollama: a prompt |
+| POST /api/embed | Ollama: vectors |
+| POST /api/embeddings | Ollama: one vector, the older form |
+| POST /api/tokenize | a text's tokens |
+| POST /api/detokenize | the text of tokens |
+| POST /api/rerank | as /v1/rerank |
+| GET /api/tags | Ollama: models on disk |
+| GET /api/ps | Ollama: models in memory |
+| POST /api/show | Ollama: one model |
+| POST /api/pull | Ollama: fetch a model |
+| POST /api/create | Ollama: a model with ways of its own |
+| POST /api/copy | Ollama: one more name |
+| DELETE /api/delete | Ollama: remove a model |
+| DELETE /api/models/{name} | the same by path |
+| POST /api/blobs/{digest} | Ollama: upload a file |
+| POST /api/push | Ollama: refused |
+| GET /api/version | Ollama: the version of its API |
+| GET /api/status | Ollama: no cloud here |
+| POST /api/me | Ollama: nobody is signed in |
+| POST /api/signout | Ollama: does nothing |
+| GET /api/experimental/model-recommendations | Ollama: none |
+| POST /api/experimental/web_search | Ollama: refused |
+| POST /api/experimental/web_fetch | Ollama: refused |
+| POST /v1/chat/completions | OpenAI: a conversation |
+| POST /v1/completions | OpenAI: prompts |
+| POST /v1/responses | OpenAI: a conversation as items |
+| POST /v1/embeddings | OpenAI: vectors |
+| POST /v1/rerank | documents by how well they fit a query |
+| GET /v1/models | OpenAI and Anthropic: models on disk |
+| GET /v1/models/{name} | OpenAI and Anthropic: one model |
+| POST /v1/messages | Anthropic: a conversation |
+| POST /v1/messages/count_tokens | Anthropic: its tokens |
 
 Sections, in order (a section uses names from sections above it only; `lifespan` is the one exception):
  1 ENVIRONMENT · 2 IMPORTS · 3 CONFIGURATION · 4 NEUTRAL TYPES AND ERRORS · 5 STATE · 6 APPLICATION · 7 TEXT · 8 ENGINES
