@@ -6,7 +6,7 @@ export VENV
 SOURCES := $(wildcard app.py client.py bench tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench lint format clean
+.PHONY: help run test test-clients bench lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+): .*## /  make \1	/' | expand -t 16
@@ -19,6 +19,10 @@ run: ## install what is missing, start the server, pull MODEL (smollm2:135m), wa
 test: lint ## check formatting, lint and types, then run the tests on all four engines (TESTS selects some)
 	@scripts/install.sh --dev --vllm
 	$(VENV)/bin/python -m pytest $(TESTS)
+
+test-clients: ## run the official clients of every protocol against a server of their own (TESTS passes arguments)
+	@scripts/install.sh
+	@scripts/test-clients.sh $(TESTS)
 
 bench: ## measure against the peers and print the table (BENCH passes arguments)
 	@scripts/install.sh --dev

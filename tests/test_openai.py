@@ -142,13 +142,12 @@ def test_tools_and_choice() -> None:
     tools = [tool(), tool("other", strict=True, description="d")]
     parsed = parse(tools=tools)
     assert [each["function"]["name"] for each in parsed.tools] == ["get_weather", "other"]
-    assert (parsed.tool_choice, parsed.parallel_tool_calls) == ("auto", None)
+    assert (parsed.tool_choice, parsed.parallel_tool_calls) == ("auto", True)
     for choice in ("auto", "none", "required"):
         assert parse(tools=tools, tool_choice=choice).tool_choice == choice
     named = parse(tools=tools, tool_choice={"type": "function", "function": {"name": "other"}})
     assert [each["function"]["name"] for each in named.tools] == ["other"]
     assert named.tool_choice == "required"
-    assert parse(tools=tools, parallel_tool_calls=True).parallel_tool_calls
     assert not parse(tools=tools, parallel_tool_calls=False).parallel_tool_calls
 
 
@@ -184,7 +183,7 @@ def test_what_has_no_effect_is_not_named() -> None:
     quiet = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
     assert parse(**dict.fromkeys(quiet, "x")).ignored == ()
     assert parse(stream=True, stream_options={"include_usage": True, "include_obfuscation": False}).ignored == ()
-    assert parse(verbosity="low", prediction={"type": "content"}).ignored == ("verbosity", "prediction")
+    assert parse(verbosity="low", prediction={}).ignored == ("verbosity", "prediction")
     assert complete(best_of=3, user="x").ignored == ("best_of",)
     assert embed(user="x", what=1).ignored == ("what",)
     assert rerank(rank_fields=["text"]).ignored == ("rank_fields",)

