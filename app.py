@@ -118,8 +118,9 @@ import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, closing, suppress
+from contextlib import ExitStack, aclosing, asynccontextmanager, closing, suppress
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from glob import escape as glob_escape
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -134,6 +135,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -209,6 +211,8 @@ HF_TOKEN: str = _read("HF_TOKEN", os.getenv("HF_TOKEN", ""), str)
 HOST: str = _read("HOST", os.getenv("HOST", "127.0.0.1"), str)
 PORT: int = _read("PORT", os.getenv("PORT", "8005"), Annotated[int, Field(ge=0, le=65535)])
 ALLOW_UNAUTHENTICATED: bool = _read("ALLOW_UNAUTHENTICATED", os.getenv("ALLOW_UNAUTHENTICATED", "0"), Flag)
+ALLOWED_ORIGINS: tuple[str, ...] = _read("ALLOWED_ORIGINS", os.getenv("ALLOWED_ORIGINS", ""), Words)
+ALLOWED_HOSTS: tuple[str, ...] = _read("ALLOWED_HOSTS", os.getenv("ALLOWED_HOSTS", ""), Words)
 KEEP_ALIVE: float = _read("KEEP_ALIVE", os.getenv("KEEP_ALIVE", "5m"), Duration)
 ENGINE_THREADS: int = _read("ENGINE_THREADS", os.getenv("ENGINE_THREADS", "auto"), CountOrAuto)
 ENGINE_PYTHON_VLLM: str = _read("ENGINE_PYTHON_VLLM", os.getenv("ENGINE_PYTHON_VLLM", ""), str)
@@ -238,6 +242,7 @@ STRICT_PARAMETERS: bool = _read("STRICT_PARAMETERS", os.getenv("STRICT_PARAMETER
 INHERITED_ENVIRONMENT = dict(os.environ)  # what child processes start from; `_child_environment` takes the secrets out
 
 SECRET_SETTINGS = re.compile(r"TOKENS?(_|$)|SECRET|PASSW|CREDENTIAL|(^|_|API)KEYS?(_|$)", re.IGNORECASE)
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SHUTDOWN_GRACE_SECONDS = 5.0  # an engine asked to end gets this long before its process group is killed
 CRASH_LOOP_DEATHS, CRASH_LOOP_SECONDS = 3, 300.0  # so many deaths in so long: the model is refused for a while
 DISK_RESERVE_BYTES = 256 * 1024 * 1024  # a pull leaves this much free, for the state and everybody else
@@ -351,7 +356,7 @@ class ChatRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     suffix: str = ""
     tools: tuple[dict[str, Any], ...] = ()
     tool_choice: Literal["auto", "none", "required"] = "auto"
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: bool | None = None
     think: bool | str | None = None
     think_if_able: bool = False
     truncate: bool = False
@@ -794,6 +799,12 @@ def configure_logging() -> None:
     log.propagate = False
 
 
+class JSONReply(JSONResponse):
+    """JSON that says that its text is UTF-8, as Ollama's does."""
+
+    media_type = "application/json; charset=utf-8"
+
+
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Restore the state, resume unfinished pulls, serve, then give everything back."""
@@ -817,7 +828,13 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         lock.close()
 
 
-app = FastAPI(title="ai-server", version=__version__, lifespan=lifespan, summary="Serve Hugging Face models you own.")
+app = FastAPI(
+    title="ai-server",
+    version=__version__,
+    lifespan=lifespan,
+    default_response_class=JSONReply,
+    summary="Serve Hugging Face models you own.",
+)
 app.state.phase = "starting"
 app.state.lock = None
 
@@ -838,7 +855,8 @@ class Outermost:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+                names = (b"x-request-id", b"request-id")  # the second is what Anthropic's clients look for
+                message["headers"] = [*message.get("headers", []), *((name, request_id.encode()) for name in names)]
             await send(message)
 
         try:
@@ -847,16 +865,69 @@ class Outermost:
             log.exception("Unhandled error in %s %s (%s)", scope["method"], scope["path"], request_id)
             if not started:
                 error = ServerError(f"Internal error. The log has the details under {request_id}.")
-                await error_response(error)(scope, receive, send_with_id)
+                await error_response(error, app.state.error_body(scope["path"], error))(scope, receive, send_with_id)
 
 
+LOCAL_HOST = re.compile(
+    r"(?i)(localhost|[\w.-]+\.(localhost|local|internal)|\[?[0-9a-f:.]*\]?)(:\d+)?"
+)  # names, addresses
+LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?")
+APP_ORIGIN = re.compile(r"(app|file|tauri|vscode-webview|vscode-file)://.*")
+SHOWN_HEADERS = (
+    "X-Backend, X-Quantization, X-Model-Revision, X-Ignored-Parameters, X-Truncated, X-Request-Id, Retry-After"
+)
+
+
+class BrowserGuard:
+    """Refuses web pages of other origins, and names that are not this machine's (DNS rebinding); answers preflights."""
+
+    def __init__(self, inner: ASGIApp) -> None:
+        self.inner = inner
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.inner(scope, receive, send)
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not self._is_ours(host) or (origin and not self._may_ask(origin, host)):
+            return await Response(status_code=403)(scope, receive, send)
+        if origin is None:
+            return await self.inner(scope, receive, send)
+        allowed = {
+            "Access-Control-Allow-Origin": origin,
+            "Vary": "Origin",
+            "Access-Control-Expose-Headers": SHOWN_HEADERS,
+        }
+        if scope["method"] == "OPTIONS":
+            allowed["Access-Control-Allow-Methods"] = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
+            allowed["Access-Control-Allow-Headers"] = headers.get("access-control-request-headers", "*")
+            return await Response(status_code=204, headers=allowed)(scope, receive, send)
+
+        async def send_allowed(message: ASGIMessage) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *Headers(allowed).raw]
+            await send(message)
+
+        return await self.inner(scope, receive, send_allowed)
+
+    def _is_ours(self, host: str) -> bool:
+        """Any name will do where the server is open to the network: who may come in is decided elsewhere."""
+        guarded = HOST in LOOPBACK and not any(fnmatch(host.lower(), pattern.lower()) for pattern in ALLOWED_HOSTS)
+        return not guarded or not host or LOCAL_HOST.fullmatch(host) is not None
+
+    def _may_ask(self, origin: str, host: str) -> bool:
+        known = LOCAL_ORIGIN.fullmatch(origin) or APP_ORIGIN.fullmatch(origin) or origin.partition("://")[2] == host
+        return bool(known) or any(fnmatch(origin.lower(), pattern.lower()) for pattern in ALLOWED_ORIGINS)
+
+
+app.add_middleware(BrowserGuard)
 app.add_middleware(Outermost)
 
 
-def error_response(error: ServerError, body: Json | None = None) -> JSONResponse:
+def error_response(error: ServerError, body: Json | None = None) -> JSONReply:
     """Render an error: the status of its class, the native shape unless a dialect gives its own, Retry-After."""
     headers = {} if error.retry_after is None else {"Retry-After": str(max(1, round(error.retry_after)))}
-    return JSONResponse(body or {"error": str(error)}, error.status, headers)
+    return JSONReply(body or {"error": str(error)}, error.status, headers)
 
 
 async def read_json(request: Request) -> Json:
@@ -1729,7 +1800,7 @@ class LlamaCppEngine(Engine):
         body: Json = {"messages": template_messages(messages), "chat_template_kwargs": arguments}
         body |= {"tools": tools, "parallel_tool_calls": request.parallel_tool_calls} if tools else {}
         if request.tools and request.tool_choice == "required":
-            schema = enforced_schema(request.tools, request.parallel_tool_calls)
+            schema = enforced_schema(request.tools, request.parallel_tool_calls is True)
             body |= {"json_schema": schema, "grammar": "", "tool_choice": "none"}
         return body | {"reasoning_format": "none" if grammar else "auto"}
 
@@ -1846,12 +1917,24 @@ class Grammars:
 
     SECONDS, KEPT = 2.0, 64
 
-    def __init__(self, vocabulary: str) -> None:
-        self._vocabulary, self.of = vocabulary, functools.lru_cache(self.KEPT)(self._of)
-        self._worker: Any = None
+    def __init__(self, tokenizer: Any, size: int, end_tokens: Iterable[int]) -> None:
+        self._tokenizer, self._worker = tokenizer, cast(Any, None)
+        self._about = {"vocab_size": size, "stop_token_ids": [one for one in sorted(end_tokens) if one < size] or None}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
+        self._kept = functools.lru_cache(self.KEPT)(self._compiled)
 
-    def _of(self, field: str, kind: str, text: str) -> Any:
-        """A compiled constraint. Raises BadRequest, which names the field. Blocking, for one thread at a time."""
+    async def of(self, sampling: Sampling, field: str) -> Any:
+        """The compiled constraint of a request. Raises BadRequest, which names the field."""
+        compiled = functools.partial(self._kept, field, *_grammar_source(sampling))
+        return await asyncio.get_running_loop().run_in_executor(self._thread, compiled)
+
+    @functools.cached_property
+    def _vocabulary(self) -> str:
+        from xgrammar import TokenizerInfo
+
+        return str(TokenizerInfo.from_huggingface(self._tokenizer, **self._about).serialize_json())
+
+    def _compiled(self, field: str, kind: str, text: str) -> Any:
         if self._worker is None:
             self._worker = multiprocessing.get_context("spawn").Pool(1)
             self._worker.apply(_grammar_refusal, (self._vocabulary, "regex", ""))  # its start may take long
@@ -1875,7 +1958,7 @@ def _grammar_compiler(vocabulary: str) -> Any:
 
 
 def _grammar(vocabulary: str, kind: str, text: str) -> Any:
-    options = {"max_whitespace_cnt": 20} if kind == "json_schema" else {}  # else a small model may write nothing but it
+    options = {"any_whitespace": False} if kind == "json_schema" else {}  # else small models may write nothing but it
     return getattr(_grammar_compiler(vocabulary), f"compile_{kind}")(text, **options)
 
 
@@ -1901,7 +1984,7 @@ def _grammar_source(sampling: Sampling) -> tuple[str, str]:
 class Constraint:
     """A logits processor: tokens that go on with a grammar, from where the model does not think, or no longer."""
 
-    def __init__(self, grammar: Any, prompt: Prompt) -> None:
+    def __init__(self, grammar: Any, prompt: Prompt, special: list[int]) -> None:
         import xgrammar
 
         about = grammar.tokenizer_info
@@ -1909,6 +1992,7 @@ class Constraint:
         self._mask = xgrammar.allocate_token_bitmask(1, about.vocab_size)
         self._apply, self._size = xgrammar.apply_token_bitmask_inplace, about.vocab_size
         self._opens, self._until, self._thought = prompt.opens, prompt.until, ""
+        self._special = special  # to the matcher their names are text, but nobody is shown it
 
     def __call__(self, _: Any, scores: Any) -> Any:
         """Forbid what does not go on with the grammar, but not a first token that begins thinking."""
@@ -1918,6 +2002,7 @@ class Constraint:
         allowed = scores.clone()
         self._apply(allowed, self._mask.to(scores.device))
         allowed[:, self._size :] = -math.inf
+        allowed[:, self._special] = -math.inf
         for token in self._opens:
             allowed[:, token] = scores[:, token]
         return allowed
@@ -1946,7 +2031,7 @@ class TokenStream(ThreadStream):
         self._likely: Any = None
         self._known: list[int] = []  # the latest tokens whose text is out, and those that are not whole characters yet
         self._open: list[int] = []
-        self.constraint = Constraint(grammar, prompt) if grammar else None
+        self.constraint = Constraint(grammar, prompt, engine.special) if grammar else None
         self.end_tokens = frozenset() if sampling.ignore_eos and not grammar else engine.end_tokens
         self.count, self.finished, self.first_token_at = 0, False, 0.0
 
@@ -2061,12 +2146,15 @@ class TransformersEngine(Engine):
         ends = [*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id]
         self.end_tokens = frozenset(end for end in ends if end is not None)
         self.hidden = self.end_tokens | {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id}
+        added = self.tokenizer.added_tokens_decoder.items()
+        self.special = [
+            id for id, token in added if token.special and id < config.vocab_size and id not in self.end_tokens
+        ]
         self._defaults = {**DEFAULT_SAMPLING, **_sampling_of(own.to_dict())}
         model.generation_config = GenerationConfig(pad_token_id=0)  # `generate` wants one, and a single row uses none
         self._size, self._vocabulary = int(config.vocab_size), self.tokenizer.get_vocab()
         self._context_length = int(getattr(config, "max_position_embeddings", 0) or MAX_CONTEXT_LENGTH)
-        self._grammars: Grammars | None = None
-        self._grammar_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
+        self._grammars = Grammars(self.tokenizer, self._size, self.end_tokens)
         able = importlib.util.find_spec("xgrammar") is not None and self.tokenizer.is_fast
         self._options = tuple(name for name in self.OPTIONS if able or name not in self.CONSTRAINTS)
         stored = (model.config.to_dict().get("quantization_config") or {}).get("quant_method") or "none"
@@ -2097,12 +2185,11 @@ class TransformersEngine(Engine):
         if required and "format" not in self._options:
             raise BadRequest("Field 'tool_choice': a call cannot be enforced with this model's tokenizer.")
         if required:
-            schema = enforced_schema(request.tools, request.parallel_tool_calls)
+            schema = enforced_schema(request.tools, request.parallel_tool_calls is True)
             sampling = msgspec.structs.replace(sampling, format=schema, regex=None, choice=None, grammar=None)
         grammar, field = None, "tools" if required else sampling.shape()
         if field in self._options or required:
-            compiled = functools.partial(self._grammar, field, *_grammar_source(sampling))
-            grammar = await asyncio.get_running_loop().run_in_executor(self._grammar_thread, compiled)
+            grammar = await self._grammars.of(sampling, field)
         yield Started(len(prompt.tokens))
         tokens = TokenStream(self, sampling, prompt, grammar)
         events = tokens.events(self._threads, functools.partial(self._answer, sampling, prompt, room, tokens))
@@ -2112,22 +2199,12 @@ class TransformersEngine(Engine):
             async for event in events:
                 yield event
 
-    def _grammar(self, *source: str) -> Any:
-        """A compiled constraint; the first one of all makes the compiler."""
-        if self._grammars is None:
-            from xgrammar import TokenizerInfo
-
-            ends = [token for token in sorted(self.end_tokens) if token < self._size]
-            about = TokenizerInfo.from_huggingface(self.tokenizer, vocab_size=self._size, stop_token_ids=ends or None)
-            self._grammars = Grammars(about.serialize_json())
-        return self._grammars.of(*source)
-
     async def work(self, request: ChatRequest) -> tuple[Any, int]:
         """Count, tokenize, detokenize."""
         if request.task == "count":
             return None, len((await asyncio.to_thread(self._rendered, request)).tokens)
         if request.task == "tokenize":
-            tokens = await asyncio.to_thread(self.tokenizer.encode, request.inputs[0], add_special_tokens=False)
+            tokens = await asyncio.to_thread(self.tokenizer.encode, request.inputs[0])
             return tokens, len(tokens)
         if request.task != "detokenize":
             return await super().work(request)
@@ -2560,7 +2637,7 @@ class VLLMEngine(Engine):
         shape = request.sampling.shape()
         wanted = getattr(request.sampling, shape, None)
         if request.tool_choice == "required":
-            shape, wanted = "format", enforced_schema(request.tools, request.parallel_tool_calls)
+            shape, wanted = "format", enforced_schema(request.tools, request.parallel_tool_calls is True)
         if not shape:
             return None
         if shape == "choice":
@@ -3544,12 +3621,15 @@ def validated(model: type[BodyModel], body: Body, missing: str = "Missing 'model
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         named = first["loc"][:-2] if first["loc"][-1] == "[key]" else first["loc"]  # a client's own key stays its own
         place = ".".join(str(part) for part in named if not UNION_BRANCH.fullmatch(str(part)))
-        raise BadRequest(f"Field '{place}': {first['msg']}") from error
+        raise BadRequest(f"Field '{place}': {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def unknown_fields(body: BaseModel, place: str = "") -> Iterator[str]:
     """The fields that nothing here knows, by their place; of lists every name once."""
-    yield from (place + name for name, value in (body.model_extra or {}).items() if value is not None)
+    nothing: tuple[object, ...] = (None, "", [], {})  # what clients send for fields that they do not use
+    for name, value in (body.model_extra or {}).items():
+        if value is not False and value not in nothing:
+            yield place + name
     for name in type(body).model_fields:
         value = getattr(body, name)
         inner = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, BaseModel)]
@@ -3614,13 +3694,13 @@ def content_of(parts: list[ContentPart] | None, place: str) -> tuple[str, tuple[
 def call_of(call: CallBody, place: str) -> Call:
     """A call of the history; without an id it gets one. Raises BadRequest when its arguments are no JSON object."""
     arguments = call.function.arguments
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     try:
-        if not isinstance(json.loads(text or "{}"), dict):
+        value = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
+        if not isinstance(value, dict):
             raise ValueError("not a JSON object")
     except ValueError as error:
         raise BadRequest(f"Field '{place}.function.arguments': invalid tool call arguments: {error}") from error
-    return Call(call.id or new_call_id(), call.function.name, text or "{}")
+    return Call(call.id or new_call_id(), call.function.name, json.dumps(value, ensure_ascii=False))  # spelled alike
 
 
 def messages_of(bodies: list[MessageBody]) -> tuple[Message, ...]:
@@ -3685,10 +3765,9 @@ def conversation(chat: ConversationBody, **more: Any) -> ChatRequest:
         "think": think_of(chat.think),
         "truncate": bool(chat.truncate),
         "ignored": tuple(unknown_fields(chat)),
+        "parallel_tool_calls": chat.parallel_tool_calls,
         **chosen_tools(chat.tools, chat.tool_choice),
     }
-    if chat.parallel_tool_calls is False:
-        fields["parallel_tool_calls"] = False
     return ChatRequest(**{**fields, **more})
 
 
@@ -3756,6 +3835,14 @@ def logprobs_json(logprobs: Iterable[TokenLogprob]) -> list[Json]:
     return [_logprob_json(each) | {"top_logprobs": [_logprob_json(one) for one in each.top]} for each in logprobs]
 
 
+def native_logprobs(logprobs: Iterable[TokenLogprob]) -> list[Json]:
+    """The same without the alternatives where none were asked for, as Ollama has it."""
+    return [
+        {name: value for name, value in each.items() if value or name != "top_logprobs"}
+        for each in logprobs_json(logprobs)
+    ]
+
+
 def _logprob_json(one: TokenLogprob) -> Json:
     return {"token": one.token, "logprob": one.logprob, "bytes": list(one.data)}
 
@@ -3795,7 +3882,7 @@ def native_stream(request: ChatRequest) -> Callable[[Event], Iterator[Frame]]:
             yield line(event, {"tool_calls": [native_call(*call)]})
         match event:
             case Text(text, logprobs):
-                yield line(event, {"content": text}, **({"logprobs": logprobs_json(logprobs)} if logprobs else {}))
+                yield line(event, {"content": text}, **({"logprobs": native_logprobs(logprobs)} if logprobs else {}))
             case Thinking(text):
                 yield line(event, {"thinking": text})
             case Done():
@@ -3815,10 +3902,14 @@ def native_whole(request: ChatRequest, reply: Reply) -> Json:
     whole: Json = head | {"message": _native_message(first)}
     whole |= native_end(reply.done) | {"done_reason": "stop" if first.reason == "tool_calls" else first.reason}
     if first.logprobs:
-        whole["logprobs"] = logprobs_json(first.logprobs)
+        whole["logprobs"] = native_logprobs(first.logprobs)
     if request.width() > 1:
         whole["choices"] = [
-            {"index": index, "message": _native_message(choice), "done_reason": choice.reason}
+            {
+                "index": index,
+                "message": _native_message(choice),
+                "done_reason": "stop" if choice.reason == "tool_calls" else choice.reason,
+            }
             for index, choice in enumerate(reply.choices)
         ]
     return whole
@@ -3999,7 +4090,7 @@ def generate_parse(body: Body) -> ChatRequest:
     if given.raw and (given.template or given.system or given.context):
         raise BadRequest("raw mode does not support template, system, or context")
     prompt, turns = given.prompt or "", turns_of(given.context) if given.context else []
-    if given.system is not None:
+    if given.system:
         turns = [Message("system", given.system), *(turn for turn in turns if turn.role != "system")]
     images = tuple(image_of(image, f"images.{index}") for index, image in enumerate(given.images or []))
     fields: Json = {"messages": (*turns, Message("user", prompt, images=images))}
@@ -4255,7 +4346,7 @@ class EmbeddingsBody(OpenAIBody):
     """The body of POST /v1/embeddings; each input is a text or token ids."""
 
     input: Inputs
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: str = "float"
     dimensions: Annotated[int | None, Field(ge=1)] = None
 
 
@@ -4313,8 +4404,12 @@ def openai_completions_parse(body: Body) -> ChatRequest:
 
 def openai_embeddings_parse(body: Body) -> ChatRequest:
     """Read the body of POST /v1/embeddings."""
+    if not body.get("input") and body.get("input") != "":
+        raise BadRequest("invalid input")
     asked = validated(EmbeddingsBody, body)
-    wire = {"base64": asked.encoding_format == "base64"}
+    if (form := asked.encoding_format) not in ("float", "base64"):
+        raise BadRequest(f"Invalid value for 'encoding_format' = {form}. Supported values: ['float', 'base64'].")
+    wire = {"base64": form == "base64"}
     return _openai_task(asked, "embed", asked.input, wire, dimensions=asked.dimensions)
 
 
@@ -4460,7 +4555,11 @@ def models_json(metas: Iterable[ModelMeta], anthropic: bool, name: str = "") -> 
     for meta in sorted(metas, key=lambda meta: meta.pulled_at, reverse=True):
         created = int(datetime.fromisoformat(meta.pulled_at).timestamp()) if meta.pulled_at else 0
         owner, shown = meta.name.rpartition("/")[0] or "library", name or meta.name
-        theirs = {"type": "model", "id": shown, "display_name": shown, "created_at": meta.pulled_at}
+        theirs: Json = {"type": "model", "id": shown, "display_name": shown, "created_at": meta.pulled_at}
+        theirs |= {
+            "capabilities": None,
+            **dict.fromkeys(("max_input_tokens", "max_tokens"), meta.context_length or None),
+        }
         data.append(theirs if anthropic else {"id": shown, "object": "model", "created": created, "owned_by": owner})
     if not anthropic:
         return {"object": "list", "data": data}
@@ -4979,7 +5078,7 @@ def anthropic_error(error: ServerError) -> Json:
     """An error in Anthropic's envelope."""
     kind = ANTHROPIC_ERRORS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     told = {"type": kind, "message": str(error)}
-    return {"type": "error", "error": told, "request_id": f"req_{secrets.token_hex(12)}"}
+    return {"type": "error", "error": told, "request_id": None}  # the header has it
 
 
 ANTHROPIC = Dialect(anthropic_parse, anthropic_stream, anthropic_whole, anthropic_error, sse, "text/event-stream")
@@ -4998,6 +5097,9 @@ PROTOCOLS: tuple[tuple[str, Dialect], ...] = (
 def dialect_of(path: str) -> Dialect:
     """Whose words an answer uses that no dialect has made: a body that is no JSON, a path that does not exist."""
     return next(dialect for prefix, dialect in PROTOCOLS if path.startswith(prefix))
+
+
+app.state.error_body = lambda path, error: dialect_of(path).error(error)  # for section 6, which is above
 
 
 ###############################################################################
@@ -5546,10 +5648,9 @@ def _join(pieces: list[Path], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("wb") as output:
+        with partial.open("wb") as output, ExitStack() as parts:
             for piece in pieces:
-                with piece.open("rb") as part:
-                    shutil.copyfileobj(part, output, MEBIBYTE)
+                shutil.copyfileobj(parts.enter_context(piece.open("rb")), output, MEBIBYTE)
             output.flush()
             os.fsync(output.fileno())
         partial.replace(target)
@@ -5571,7 +5672,8 @@ async def delete_model(raw: str) -> None:
     meta = find_model(raw)
     if meta.name in loads_in_progress:
         raise InUse(f"Model {meta.name} is being loaded. Try again when that is through.")
-    await unload_model(meta.name)
+    if not meta.adapter_of and base_of(meta) is meta:
+        await unload_model(meta.name)
     await store.delete_model(meta.name)
     model_meta.pop(meta.name, None)
     _clear_failures(meta.name)
@@ -6307,7 +6409,7 @@ def _expire(engine: EngineProcess) -> None:
 
 async def unload_model(raw: str, retire: Callable[[EngineProcess], Awaitable[None]] = _drop_engine) -> None:
     """Take a model out of memory if it is there, or by `retire_engine` off the device. Raises InUse."""
-    name = find_model(raw).name
+    name = base_of(find_model(raw)).name
     async with device_lock:
         if (engine := model_cache.get(name)) is None:
             return
@@ -6355,7 +6457,8 @@ async def _pinned(meta: ModelMeta, keep_alive: float | None) -> EngineProcess:
 
 def describe(meta: ModelMeta) -> Json:
     """A model as /models shows it: its facts, its ladder, and what is in memory now."""
-    engine, wait = model_cache.get(meta.name), _in_cooldown(meta.name)
+    engine = model_cache.get(meta.name if meta.adapter_of else base_of(meta).name)
+    wait = _in_cooldown(meta.name)
     state = "local" if engine is None else "asleep" if engine.asleep else "ready"
     state = "loading" if meta.name in loads_in_progress else state
     shown: Json = {"name": meta.name, "state": state, "loaded": engine is not None}
@@ -6438,7 +6541,7 @@ def _with_defaults(request: ChatRequest, meta: ModelMeta) -> ChatRequest:
 
 
 @app.exception_handler(ServerError)
-async def _server_error(request: Request, error: ServerError) -> JSONResponse:
+async def _server_error(request: Request, error: ServerError) -> JSONReply:
     return error_response(error, dialect_of(request.url.path).error(error))
 
 
@@ -6449,8 +6552,8 @@ async def _routing_error(request: Request, error: HTTPException) -> Response:
     text = words.get(error.status_code, str(error.detail))
     if not request.url.path.startswith("/v1/"):
         return PlainTextResponse(text, error.status_code, error.headers)
-    told = NotFound(f"{text}: {request.method} {request.url.path}")
-    return JSONResponse(dialect_of(request.url.path).error(told), error.status_code, error.headers)
+    told = (NotFound if error.status_code == 404 else BadRequest)(f"{text}: {request.method} {request.url.path}")
+    return JSONReply(dialect_of(request.url.path).error(told), error.status_code, error.headers)
 
 
 def _check_requirement_early(request: ChatRequest, meta: ModelMeta) -> None:
@@ -6504,6 +6607,8 @@ def _within_abilities(request: ChatRequest, meta: ModelMeta) -> ChatRequest:
         if not request.think_if_able:
             raise BadRequest(f'"{name}" does not support thinking')
         request = msgspec.structs.replace(request, think=None, ignored=(*request.ignored, "think"))
+    if request.truncate and request.task == "complete":  # a text has no turns that could go
+        request = msgspec.structs.replace(request, ignored=(*request.ignored, "truncate"))
     return msgspec.structs.replace(request, tools=()) if request.tool_choice == "none" else request
 
 
@@ -6513,7 +6618,7 @@ async def generate(request: ChatRequest) -> AsyncGenerator[Event, None]:
     meta = find_model(request.model)
     if request.task == "unload":
         _expire_when_idle(base_of(meta).name)
-        for event in _nothing_said("unload", 0.0):
+        for event in _nothing_said("unload", 0.0, ServedBy(ignored=request.ignored)):
             yield event
         return
     request = _within_abilities(request, meta)
@@ -6526,10 +6631,17 @@ async def generate(request: ChatRequest) -> AsyncGenerator[Event, None]:
             yield event
 
 
-def _nothing_said(reason: FinishReason, seconds: float) -> Iterator[Event]:
+def _nothing_said(reason: FinishReason, seconds: float, served_by: ServedBy) -> Iterator[Event]:
     """The events of a request that only loads or unloads."""
-    yield Started(0)
+    yield Started(0, served_by)
     yield Done(reason, 0, 0, 0.0, 0.0, seconds, seconds)
+
+
+def _without(oldest: Message, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns without the oldest, and without what answered it, up to what a user says next; the last one stays."""
+    place = turns.index(oldest)
+    after = next((at for at in range(place + 1, len(turns) - 1) if turns[at].role == "user"), len(turns) - 1)
+    return (*turns[:place], *turns[after:])
 
 
 async def _admitted(engine: EngineProcess, request: ChatRequest) -> tuple[int, int, AsyncGenerator[Event, None]]:
@@ -6546,15 +6658,16 @@ async def _admitted(engine: EngineProcess, request: ChatRequest) -> tuple[int, i
             oldest = next((turn for turn in request.messages[:-1] if turn.role != "system"), None)
             if not isinstance(error, ContextLengthExceeded) or not request.truncate or oldest is None:
                 raise
-        rest = tuple(turn for turn in request.messages if turn is not oldest)
-        request, dropped = msgspec.structs.replace(request, messages=rest), dropped + 1
+        rest = _without(oldest, request.messages)
+        dropped += len(request.messages) - len(rest)
+        request = msgspec.structs.replace(request, messages=rest)
 
 
 async def _answer(engine: EngineProcess, request: ChatRequest, began: float) -> AsyncGenerator[Event, None]:
     """The engine's events, with what only the server knows: the contract, the time for the load, the time in all."""
     load_seconds = time.perf_counter() - began
     if request.task == "load":
-        for event in _nothing_said("load", load_seconds):
+        for event in _nothing_said("load", load_seconds, _served_by(engine, request)):
             yield event
         return
     meta = find_model(request.model)
@@ -6617,7 +6730,8 @@ class EventStream(Response):
 
 def contract_headers(served: ServedBy) -> dict[str, str]:
     """What every generation reply says of itself, in header form."""
-    headers = {"X-Backend": served.backend, "X-Quantization": served.quantization, "X-Model-Revision": served.revision}
+    facts = {"X-Backend": served.backend, "X-Quantization": served.quantization, "X-Model-Revision": served.revision}
+    headers = {name: value for name, value in facts.items() if value}
     if served.dropped_messages:
         headers["X-Truncated"] = f"messages={served.dropped_messages}"
     return headers | ignored_header(served.ignored)
@@ -6650,7 +6764,7 @@ async def respond(dialect: Dialect, request: Request) -> Response:
         assert isinstance(started, Started)  # every engine says Started first
         if not chat.stream:
             reply = await unless_client_leaves(request, fold(events))
-            return JSONResponse(dialect.whole(chat, reply), headers=contract_headers(started.served_by))
+            return JSONReply(dialect.whole(chat, reply), headers=contract_headers(started.served_by))
     except ServerError as error:
         return error_response(error, dialect.error(error))
     chunks = wire(dialect, chat, started, events)
@@ -6703,7 +6817,7 @@ async def pull(request: Request) -> Response:
     body = validated(PullBody, await read_json(request))
     headers = ignored_header(tuple(body.model_extra or {}))
     job, new = await create_job(body)
-    return JSONResponse(msgspec.to_builtins(job), 202 if new else 200, {"Location": f"/jobs/{job.id}", **headers})
+    return JSONReply(msgspec.to_builtins(job), 202 if new else 200, {"Location": f"/jobs/{job.id}", **headers})
 
 
 @app.get("/jobs")
@@ -6821,7 +6935,7 @@ async def _progress(lines: AsyncGenerator[Json, None], stream: bool) -> Response
 
     if stream:
         return StreamingResponse(told(), media_type=OLLAMA_CHAT.media_type)
-    return JSONResponse([line async for line in lines][-1])
+    return JSONReply([line async for line in lines][-1])
 
 
 @app.get("/api/tags")
@@ -6920,7 +7034,7 @@ def _always(verb: str, path: str, status: int, answer: Json) -> None:
     """A route with one answer."""
     for each in ("GET", "HEAD") if verb == "GET" else (verb,):
         more: Json = {"methods": [each], "name": path, "summary": "One answer.", "include_in_schema": each != "HEAD"}
-        app.add_api_route(path, lambda: JSONResponse(answer, status), **more)
+        app.add_api_route(path, lambda: JSONReply(answer, status), **more)
 
 
 NO_CLOUD = "ollama cloud is disabled: "
@@ -6982,7 +7096,7 @@ async def live() -> Json:
 @app.get("/health/ready")
 async def ready() -> Response:
     """Requests are welcome: 200, or 503 while starting and stopping."""
-    return JSONResponse({"status": app.state.phase}, 200 if app.state.phase == "ready" else 503)
+    return JSONReply({"status": app.state.phase}, 200 if app.state.phase == "ready" else 503)
 
 
 @app.get("/")
@@ -7001,7 +7115,7 @@ async def root() -> Response:
 
 def _refuse_public_binding() -> None:
     """Any host but loopback is open to the network and must be asked for by name."""
-    if HOST not in ("127.0.0.1", "localhost", "::1") and not ALLOW_UNAUTHENTICATED:
+    if HOST not in LOOPBACK and not ALLOW_UNAUTHENTICATED:
         danger = f"ai-server: HOST={HOST} would let anybody on the network use, pull and delete models."
         remedy = "Bind to 127.0.0.1, put a proxy with authentication in front, or set ALLOW_UNAUTHENTICATED=1."
         print(danger, remedy, sep="\n", file=sys.stderr)

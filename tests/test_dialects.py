@@ -210,7 +210,7 @@ def test_unknown_fields_are_listed() -> None:
     parsed = app.native_parse(
         {
             "model": "m",
-            "messages": [{**USER, "audio": []}, {**USER, "weight": "x", "audio": []}],
+            "messages": [{**USER, "audio": [1], "none": []}, {**USER, "weight": "x", "audio": [1]}],
             "template": "x",
             "Think": True,
             "options": {"mirostat": 1, "temperature": 1},
@@ -223,7 +223,7 @@ def test_unknown_fields_are_listed() -> None:
 
 def test_unknown_fields_of_parts_are_listed() -> None:
     """Also deep inside."""
-    part = {"type": "text", "text": "Hi", "cache_control": {}}
+    part = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}, "note": ""}
     parsed = app.native_parse({"model": "m", "messages": [{"role": "user", "content": [part]}]})
     assert parsed.ignored == ("messages.content.cache_control",)
 

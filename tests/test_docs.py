@@ -254,7 +254,9 @@ def test_functions_named_exist(page: str) -> None:
 
 
 def test_error_kinds_and_their_statuses() -> None:
-    errors = {**server_module().ERRORS_BY_KIND, "internal_error": server_module().ServerError}
+    known = server_module().ERRORS_BY_KIND.items()
+    errors = {kind: each for kind, each in known if not kind.startswith("test_")}  # other tests make some
+    errors["internal_error"] = server_module().ServerError
     rows = list(table_rows(section(read(OPERATIONS), "## Errors")))
     documented = {found[1]: row[1] for row in rows if (found := re.fullmatch(r"`(\w+)`\*?", row[0]))}
     assert documented == {kind: str(error.status) for kind, error in errors.items()}

@@ -142,12 +142,13 @@ def test_tools_and_choice() -> None:
     tools = [tool(), tool("other", strict=True, description="d")]
     parsed = parse(tools=tools)
     assert [each["function"]["name"] for each in parsed.tools] == ["get_weather", "other"]
-    assert (parsed.tool_choice, parsed.parallel_tool_calls) == ("auto", True)
+    assert (parsed.tool_choice, parsed.parallel_tool_calls) == ("auto", None)
     for choice in ("auto", "none", "required"):
         assert parse(tools=tools, tool_choice=choice).tool_choice == choice
     named = parse(tools=tools, tool_choice={"type": "function", "function": {"name": "other"}})
     assert [each["function"]["name"] for each in named.tools] == ["other"]
     assert named.tool_choice == "required"
+    assert parse(tools=tools, parallel_tool_calls=True).parallel_tool_calls
     assert not parse(tools=tools, parallel_tool_calls=False).parallel_tool_calls
 
 
@@ -169,7 +170,7 @@ def test_history() -> None:
     assert parsed.messages == (
         app.Message("developer", "Be brief."),
         app.Message("user", "Weather?"),
-        app.Message("assistant", "", "Hm.", (), (app.Call("call_1", "get_weather", '{"city":"Paris"}'),)),
+        app.Message("assistant", "", "Hm.", (), (app.Call("call_1", "get_weather", '{"city": "Paris"}'),)),
         app.Message("tool", "Sunny", call_id="call_1", tool_name="get_weather"),
         app.Message("assistant", "Sun", "Oh."),
         app.Message("user", "Hi"),
@@ -183,7 +184,7 @@ def test_what_has_no_effect_is_not_named() -> None:
     quiet = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
     assert parse(**dict.fromkeys(quiet, "x")).ignored == ()
     assert parse(stream=True, stream_options={"include_usage": True, "include_obfuscation": False}).ignored == ()
-    assert parse(verbosity="low", prediction={}).ignored == ("verbosity", "prediction")
+    assert parse(verbosity="low", prediction={"type": "content"}).ignored == ("verbosity", "prediction")
     assert complete(best_of=3, user="x").ignored == ("best_of",)
     assert embed(user="x", what=1).ignored == ("what",)
     assert rerank(rank_fields=["text"]).ignored == ("rank_fields",)
@@ -294,7 +295,7 @@ def test_no_messages_has_its_fixed_text() -> None:
         ("OPENAI_EMBEDDINGS", "input", {"input": []}),
         ("OPENAI_EMBEDDINGS", "input", {"input": None}),
         ("OPENAI_EMBEDDINGS", "input.0", {"input": [None]}),
-        ("OPENAI_EMBEDDINGS", "encoding_format", {"encoding_format": SECRET}),
+        ("OPENAI_EMBEDDINGS", "encoding_format", {"encoding_format": 5}),
         ("OPENAI_EMBEDDINGS", "dimensions", {"dimensions": 0}),
         ("RERANK", "query", {"query": None}),
         ("RERANK", "query", {"query": [SECRET]}),
@@ -676,7 +677,8 @@ def test_models() -> None:
     }
     theirs = app.models_json(metas, True)
     moment = "2025-01-02T03:04:06.000000Z"
-    assert theirs["data"][0] == {"type": "model", "id": "Org/Name", "display_name": "Org/Name", "created_at": moment}
+    expected = {"type": "model", "id": "Org/Name", "display_name": "Org/Name", "created_at": moment}
+    assert expected.items() <= theirs["data"][0].items()
     assert (theirs["first_id"], theirs["last_id"], theirs["has_more"]) == ("Org/Name", "smollm2:135m", False)
     assert app.models_json([], False) == {"object": "list", "data": []}
     assert app.models_json([], True) == {"data": [], "has_more": False, "first_id": None, "last_id": None}
@@ -730,7 +732,7 @@ def test_chats_over_http(running: Server, name: str) -> None:
     asked: Json = {"messages": asks(events), "n": width_of(events)}
     one = post(running, **asked)
     assert one.status_code == 200, one.text
-    assert one.headers["content-type"] == "application/json" and one.headers["x-backend"]
+    assert one.headers["content-type"].startswith("application/json") and one.headers["x-backend"]
     streamed = received(post(running, **asked, stream=True, stream_options={"include_usage": True}))
     assert anonymous(folded(streamed)) == anonymous(plain(one.json()))
     assert one.json()["id"].startswith("chatcmpl-") and one.json()["model"] == "fake/a"

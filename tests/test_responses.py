@@ -165,7 +165,7 @@ def test_tools() -> None:
         ({"reasoning": {"effort": "extreme"}}, "'reasoning.effort'"),
         ({"text": {"format": {"type": "xml"}}}, "'text.format.type'"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "'text.format.schema"),
-        ({"tools": [{"type": "web_search"}]}, "'tools.0': Value error, 'web_search' is not supported"),
+        ({"tools": [{"type": "web_search"}]}, "'tools.0': 'web_search' is not supported"),
         ({"tools": [{"type": "custom", "name": "x"}]}, "'custom' is not supported"),
         ({"tools": [TOOL, TOOL]}, "'tools'"),
         ({"tool_choice": "required"}, "'tool_choice'"),

@@ -4,7 +4,6 @@ import itertools
 import json
 import random
 import re
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -173,30 +172,6 @@ def test_chunking_makes_no_difference(
     whole = routed(app.TextRouter(formats, tools, thinking), [text], truncated)
     assert routed(app.TextRouter(formats, tools, thinking), pieces_of(text, seed), truncated) == whole
     assert routed(app.TextRouter(formats, tools, thinking), pieces_of(text, 0), truncated) == whole
-
-
-ONE_OF_EACH = {app.formats_of(template)[-1].template: template for template in TEMPLATE_TEXTS}
-PARTS = (
-    "a", " ", '"', "\\", "{", "[", "<", "</", "<think>", "<tool_call>", "[TOOL_CALLS]", "<parameter=a>", "<arg_key>",
-    "to=functions.f ", '{"a": "',
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("template", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
-def test_time_is_linear(template: str) -> None:
-    """Eight times the text takes about eight times as long, whole and in small pieces."""
-    formats = app.formats_of(template)
-    begin = formats[-1].opens[-1] + "f>" * (formats[-1].opens[-1] == "<function=")
-
-    def seconds(part: str, size: int, step: int) -> float:
-        text = begin + part * (size // len(part))
-        pieces = [text[at : at + step] for at in range(0, len(text), step)]
-        start = time.process_time()
-        routed(app.TextRouter(formats, TOOLS, False), pieces)
-        return time.process_time() - start
-
-    for part, step in itertools.product(PARTS, (7, 10**6)):
-        assert seconds(part, 16_000, step) < 24 * max(seconds(part, 2_000, step), 0.01), (part, step)
 
 
 def test_without_tools_their_markup_is_text() -> None:
