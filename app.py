@@ -4257,11 +4257,13 @@ Document = Annotated[str, BeforeValidator(lambda one: one.get("text") if isinsta
 
 
 def _one_or_more(value: Any) -> Any:
-    tokens = isinstance(value, list) and value and all(type(item) is int for item in value)
+    if value in ([], None):
+        raise ValueError("invalid input")
+    tokens = isinstance(value, list) and all(type(item) is int for item in value)
     return [value] if tokens or isinstance(value, str) else value
 
 
-Inputs = Annotated[list[str | TokenIds], Field(min_length=1), BeforeValidator(_one_or_more, str | list[Any])]
+Inputs = Annotated[list[str | TokenIds], BeforeValidator(_one_or_more, str | list[Any])]
 
 
 class OpenAIBody(_Strict):
@@ -4404,9 +4406,7 @@ def openai_completions_parse(body: Body) -> ChatRequest:
 
 def openai_embeddings_parse(body: Body) -> ChatRequest:
     """Read the body of POST /v1/embeddings."""
-    if not body.get("input") and body.get("input") != "":
-        raise BadRequest("invalid input")
-    asked = validated(EmbeddingsBody, body)
+    asked = validated(EmbeddingsBody, {**body, "input": [] if body.get("input") is None else body["input"]})
     if (form := asked.encoding_format) not in ("float", "base64"):
         raise BadRequest(f"Invalid value for 'encoding_format' = {form}. Supported values: ['float', 'base64'].")
     wire = {"base64": form == "base64"}
