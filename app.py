@@ -5417,7 +5417,9 @@ def describe_model(source: ModelSource, path: Path, revision: str) -> ModelMeta:
         meta.adapter_of, meta.adapter_rank = resolve_name(lora.base_model_name_or_path).name, lora.r
     else:
         _describe_configuration(meta, configuration)
-        template = _template_of(path)
+        template, tokens = _template_of(path), path / "tokenizer.json"
+        known = tokens.read_bytes() if tokens.exists() else b""
+        insert = any(f'"{form.partition("{}")[0]}"'.encode() in known for form in INFILL)
     meta.has_chat_template, meta.license = bool(template), entry.license
     meta.capabilities = _capabilities(meta, template, insert, rank)
     meta.parameter_count = check_files(meta)

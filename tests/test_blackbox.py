@@ -904,7 +904,9 @@ def test_41_models_and_embeddings_as_openai_has_them(site: Site) -> None:
         assert struct.unpack(f"<{len(as_list['embedding'])}f", data) == pytest.approx(as_list["embedding"], abs=1e-5)
     wrong = openai_refused(site, "/v1/embeddings", {**body, "encoding_format": "x"})
     assert wrong["message"] == "Invalid value for 'encoding_format' = x. Supported values: ['float', 'base64']."
-    assert openai_refused(site, "/v1/embeddings", {"model": EMBED_MODEL, "input": []})["message"] .endswith("invalid input")
+    assert openai_refused(site, "/v1/embeddings", {"model": EMBED_MODEL, "input": []})["message"].endswith(
+        "invalid input"
+    )
 
 
 def input_tokens(*usages: Json) -> int:

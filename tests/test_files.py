@@ -537,6 +537,16 @@ def test_facts_of_a_config(change: Json, fact: str, value: Any, snapshot: Snapsh
     assert getattr(described(snapshot({**LLAMA_CONFIG, **change}, model__safetensors=GOOD)), fact) == value
 
 
+@pytest.mark.parametrize(
+    ("token", "insert"), [("<fim_prefix>", True), ("<\uff5cfim\u2581begin\uff5c>", True), ("x", False)]
+)
+def test_describe_what_a_tokenizer_can_fill_in(snapshot: Snapshot, token: str, insert: bool) -> None:
+    """A model with the tokens for a hole in a text can fill it."""
+    tokens = json.dumps({"added_tokens": [{"content": token}]}, ensure_ascii=False).encode()
+    path = snapshot(LLAMA_CONFIG, model__safetensors=GOOD, tokenizer__json=tokens)
+    assert ("insert" in described(path).capabilities) is insert
+
+
 def test_describe_embedding_model(snapshot: Snapshot) -> None:
     """modules.json is what sentence-transformers writes."""
     assert described(snapshot(LLAMA_CONFIG, model__safetensors=GOOD, modules__json=b"[]")).embedding is True
