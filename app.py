@@ -266,9 +266,6 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # what the system says when a disk or a 
 # Ollama's documented defaults, so that a client moved over sees the same behaviour.
 DEFAULT_SAMPLING: Mapping[str, float | int] = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.0}
 
-# A small model that must call repeats itself inside a text of the call up to the limit, and no call comes of it.
-REQUIRED_CALL_REPEAT_PENALTY = 1.1
-
 # For base models without a chat template (gpt2): names before turns, and a stop where the user would speak.
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endfor %}Assistant:"
@@ -6539,8 +6536,6 @@ def _with_defaults(request: ChatRequest, meta: ModelMeta) -> ChatRequest:
     if request.task not in ("chat", "complete", "count"):
         return request
     chosen = {**meta.options, **request.sampling.chosen()}
-    if request.tools and request.tool_choice == "required":
-        chosen.setdefault("repeat_penalty", REQUIRED_CALL_REPEAT_PENALTY)
     messages = (*(meta.messages if request.messages else ()), *request.messages)
     if meta.system is not None and messages and not any(message.role == "system" for message in messages):
         messages = (Message("system", meta.system), *messages)

@@ -172,14 +172,3 @@ def test_now_is_iso_with_z() -> None:
     assert len(stamp) == len("2025-01-01T00:00:00.000000Z")
     assert datetime.fromisoformat(stamp).tzinfo == UTC
     assert stamp.endswith("Z")
-
-
-@pytest.mark.parametrize(("asked", "penalty"), [(None, 1.1), (1.0, 1.0)])
-def test_a_call_that_is_required_does_not_repeat_itself(asked: float | None, penalty: float) -> None:
-    """Unless the request says otherwise; other requests keep the model's own way."""
-    tool = {"type": "function", "function": {"name": "f"}}
-    meta, sampling = app.ModelMeta("m", "local", "/m"), app.Sampling(repeat_penalty=asked)
-    required = app.ChatRequest("m", tools=(tool,), tool_choice="required", sampling=sampling)
-    assert app._with_defaults(required, meta).sampling.repeat_penalty == penalty
-    free = app.ChatRequest("m", tools=(tool,), sampling=sampling)
-    assert app._with_defaults(free, meta).sampling.repeat_penalty == asked
