@@ -1365,8 +1365,24 @@ def for_plain_template(messages: Iterable[Message], tools: Iterable[Json]) -> li
     return turns
 
 
-def enforced_schema(tools: Iterable[Json], parallel: bool) -> Json:
-    """The JSON schema of an answer that is nothing but calls: an array of names and parameters."""
+LONGEST_BOUND = 1900  # of a text in a grammar; llama.cpp refuses more than 2,000 repetitions
+
+
+def _bounded(schema: Any, longest: int) -> Any:
+    """A schema whose free texts end: a small model repeats itself inside one, and no call would come of it."""
+    if isinstance(schema, list):
+        return [_bounded(each, longest) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    free = schema.get("type") == "string" and not {"maxLength", "enum", "const", "format", "pattern"} & schema.keys()
+    return {name: _bounded(each, longest) for name, each in schema.items()} | ({"maxLength": longest} if free else {})
+
+
+def enforced_schema(tools: Iterable[Json], parallel: bool, max_tokens: int | None = None) -> Json:
+    """The JSON schema of an answer that is nothing but calls; few `max_tokens` are shared out among its texts."""
+    tools = list(tools)
+    longest = 4 * (max_tokens or 0) // (json.dumps(tools).count('"string"') + 1)  # four characters a token
+    tools = _bounded(tools, longest) if 0 < longest <= LONGEST_BOUND else tools
     definitions: Json = {}
     calls = []
     for tool in tools:
@@ -1800,7 +1816,7 @@ class LlamaCppEngine(Engine):
         body: Json = {"messages": template_messages(messages), "chat_template_kwargs": arguments}
         body |= {"tools": tools, "parallel_tool_calls": request.parallel_tool_calls} if tools else {}
         if request.tools and request.tool_choice == "required":
-            schema = enforced_schema(request.tools, request.parallel_tool_calls is True)
+            schema = enforced_schema(request.tools, request.parallel_tool_calls is True, request.sampling.max_tokens)
             body |= {"json_schema": schema, "grammar": "", "tool_choice": "none"}
         return body | {"reasoning_format": "none" if grammar else "auto"}
 
@@ -2185,7 +2201,7 @@ class TransformersEngine(Engine):
         if required and "format" not in self._options:
             raise BadRequest("Field 'tool_choice': a call cannot be enforced with this model's tokenizer.")
         if required:
-            schema = enforced_schema(request.tools, request.parallel_tool_calls is True)
+            schema = enforced_schema(request.tools, request.parallel_tool_calls is True, request.sampling.max_tokens)
             sampling = msgspec.structs.replace(sampling, format=schema, regex=None, choice=None, grammar=None)
         grammar, field = None, "tools" if required else sampling.shape()
         if field in self._options or required:
@@ -2637,7 +2653,10 @@ class VLLMEngine(Engine):
         shape = request.sampling.shape()
         wanted = getattr(request.sampling, shape, None)
         if request.tool_choice == "required":
-            shape, wanted = "format", enforced_schema(request.tools, request.parallel_tool_calls is True)
+            shape, wanted = (
+                "format",
+                enforced_schema(request.tools, request.parallel_tool_calls is True, request.sampling.max_tokens),
+            )
         if not shape:
             return None
         if shape == "choice":

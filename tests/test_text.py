@@ -177,3 +177,21 @@ def test_any_shape_gives_text_or_engine_failed(result: Any) -> None:
     """No KeyError, no IndexError, whatever a model's own pipeline returns."""
     with suppress(app.EngineFailed):
         assert isinstance(app._extract_text_from_pipeline_result(result), str)
+
+
+# -- calls that must come -----------------------------------------------------
+
+
+def test_few_tokens_are_shared_out_among_the_texts_of_a_required_call() -> None:
+    """So that the call ends; texts with a form of their own, and calls with room enough, stay as they are."""
+    fields = {"a": {"type": "string"}, "b": {"items": [{"type": "string"}]}, "c": {"type": "string", "enum": ["x"]}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": fields}}}
+
+    def texts(max_tokens: int | None) -> list[dict[str, object]]:
+        found = app.enforced_schema([tool], False, max_tokens)["items"]["anyOf"][0]["properties"]["parameters"]
+        return [found["properties"]["a"], found["properties"]["b"]["items"][0], found["properties"]["c"]]
+
+    bounded = {"type": "string", "maxLength": 100}
+    assert texts(100) == [bounded, bounded, fields["c"]]
+    for roomy in (None, -1, 0, 100_000):
+        assert texts(roomy) == [{"type": "string"}, {"type": "string"}, fields["c"]]
