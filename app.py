@@ -1773,7 +1773,7 @@ class LlamaCppEngine(Engine):
             yield Text(text, _read_logprobs(logprobs, request.sampling.logprobs or 0))
         for call in delta.get("tool_calls") or ():
             name, arguments = call["function"].get("name", ""), call["function"].get("arguments", "")
-            if call["index"] == 0 or request.parallel_tool_calls:
+            if call["index"] == 0 or request.parallel_tool_calls is not False:
                 yield ToolCall(call["index"], new_call_id() if name else "", name, arguments)
 
     def _error_of(self, error: Json, sampling: Sampling) -> ServerError:
@@ -1814,7 +1814,7 @@ class LlamaCppEngine(Engine):
         arguments: Json = {} if think is None else {"enable_thinking": bool(think), "thinking": bool(think)}
         arguments |= {"reasoning_effort": think} if isinstance(think, str) else {}
         body: Json = {"messages": template_messages(messages), "chat_template_kwargs": arguments}
-        body |= {"tools": tools, "parallel_tool_calls": request.parallel_tool_calls} if tools else {}
+        body |= {"tools": tools, "parallel_tool_calls": request.parallel_tool_calls is not False} if tools else {}
         if request.tools and request.tool_choice == "required":
             schema = enforced_schema(request.tools, request.parallel_tool_calls is True, request.sampling.max_tokens)
             body |= {"json_schema": schema, "grammar": "", "tool_choice": "none"}

@@ -359,9 +359,8 @@ RENDERED = (
         ({"think": "high"}, TURN + "<think>\n"),
         ({"think": False}, TURN + "<think>\n\n</think>\n\n"),
         ({"messages": HISTORY, "tools": (TOOL,)}, "[light]" + RENDERED),
-        ({"template": "{{ messages[0].content }}"}, "the dog"),
     ],
-    ids=["plain", "tools", "think", "level", "no thinking", "history", "template of the request"],
+    ids=["plain", "tools", "think", "level", "no thinking", "history"],
 )
 def test_what_a_template_is_given(thinker: Direct, fields: Json, prompt: str) -> None:
     """Tools, thinking, calls and results are rendered; what is counted is what a reply counts."""
@@ -369,15 +368,6 @@ def test_what_a_template_is_given(thinker: Direct, fields: Json, prompt: str) ->
     counted = thinker.reply(task="count", **fields)
     assert counted.done.prompt_tokens == len(thinker.ids(prompt))
     assert thinker.reply(sampling=SHORT, **fields).done.prompt_tokens == counted.done.prompt_tokens
-
-
-def test_a_template_without_tools_gets_them_as_text(thinker: Direct) -> None:
-    """The same list, calls and results as on every engine."""
-    template = "{% for message in messages %}{{ message.role }}: {{ message.content }};{% endfor %}"
-    turns = app.for_plain_template(HISTORY, (TOOL,))
-    expected = "".join(f"{turn.role}: {turn.content};" for turn in turns)
-    counted = thinker.reply(task="count", messages=HISTORY, tools=(TOOL,), template=template)
-    assert counted.done.prompt_tokens == len(thinker.ids(expected))
 
 
 def check_calls(choice: app.Choice) -> None:
@@ -391,17 +381,16 @@ def check_calls(choice: app.Choice) -> None:
 
 
 @pytest.mark.parametrize("think", [None, True, False])
-@pytest.mark.parametrize("template", ["", "{{ messages[-1].content }}"], ids=["own", "plain"])
-def test_a_required_call_is_made(thinker: Direct, think: bool | None, template: str) -> None:
+def test_a_required_call_is_made(thinker: Direct, think: bool | None) -> None:
     """Even by a random model, after its thinking where it thinks, and one call alone where more are not wanted."""
     wanted = {"</think>": 60.0, "<think>": 40.0, "]": 20.0}  # it comes to an end as soon as it may
     bias = {thinker.ids(text)[0]: weight for text, weight in wanted.items()}
     sampling = Sampling(max_tokens=300, temperature=0.0, logit_bias=bias)
-    settings: Json = {"messages": ASKED, "sampling": sampling, "think": think, "template": template, **CALLED}
+    settings: Json = {"messages": ASKED, "sampling": sampling, "think": think, **CALLED}
     choice = thinker.said(parallel_tool_calls=False, **settings)
     check_calls(choice)
     assert len(choice.calls) == 1
-    choice = thinker.said(**settings)
+    choice = thinker.said(parallel_tool_calls=True, **settings)
     check_calls(choice)
     assert choice.calls
 
