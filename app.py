@@ -125,7 +125,7 @@ from glob import escape as glob_escape
 from hashlib import file_digest, sha256
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal, TypeVar, cast
 
 import msgspec
 import platformdirs
@@ -868,9 +868,9 @@ class Outermost:
                 await error_response(error, app.state.error_body(scope["path"], error))(scope, receive, send_with_id)
 
 
-LOCAL_HOST = re.compile(
-    r"(?i)(localhost|[\w.-]+\.(localhost|local|internal)|\[?[0-9a-f:.]*\]?)(:\d+)?"
-)  # names, addresses
+LOCAL_HOST = re.compile(  # names of this machine and its network, and addresses
+    r"(?i)(localhost|[\w.-]+\.(localhost|local|internal)|\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\])(:\d+)?"
+)
 LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?")
 APP_ORIGIN = re.compile(r"(app|file|tauri|vscode-webview|vscode-file)://.*")
 SHOWN_HEADERS = (
@@ -944,9 +944,8 @@ async def read_json(request: Request) -> Json:
         raise BadRequest("missing request body")
     try:
         value = json.loads(body.decode("utf-8-sig"))
-        if b"\\u" in body:  # the one way to spell half a surrogate pair, which no text of ours can carry on
-            json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+        msgspec.msgpack.encode(value)  # an integer beyond 64 bits, or half a surrogate pair, could not be passed on
+    except (ValueError, OverflowError, RecursionError) as error:
         raise BadRequest(f"The request body is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise BadRequest("The request body must be a JSON object.")
@@ -1322,6 +1321,7 @@ class TextRouter:
             if not all(name in self._tools if bare else isinstance(name, str) for name, _ in found):
                 return None
             texts = [json.dumps(given, ensure_ascii=False, allow_nan=False) for _, given in found]
+            "".join((*texts, *(name for name, _ in found))).encode()  # half a surrogate pair can be sent to nobody
         except NO_CALL:
             return None
         first, self._calls = self._calls, self._calls + len(found)
@@ -1374,7 +1374,10 @@ def _bounded(schema: Any, longest: int) -> Any:
         return [_bounded(each, longest) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    free = schema.get("type") == "string" and not {"maxLength", "enum", "const", "format", "pattern"} & schema.keys()
+    free = (
+        schema.get("type") == "string"
+        and not {"maxLength", "minLength", "enum", "const", "format", "pattern"} & schema.keys()
+    )
     return {name: _bounded(each, longest) for name, each in schema.items()} | ({"maxLength": longest} if free else {})
 
 
@@ -1385,9 +1388,14 @@ def enforced_schema(tools: Iterable[Json], parallel: bool, max_tokens: int | Non
     tools = _bounded(tools, longest) if 0 < longest <= LONGEST_BOUND else tools
     definitions: Json = {}
     calls = []
-    for tool in tools:
-        parameters = dict(tool["function"].get("parameters") or {"type": "object", "properties": {}})
-        definitions |= parameters.pop("$defs", {})  # references begin at the root
+    for number, tool in enumerate(tools):
+        text = json.dumps(tool["function"].get("parameters") or {"type": "object", "properties": {}})
+        for place in ("$defs", "definitions"):  # references begin at the root, where every tool has names of its own
+            text = text.replace(f'"#/{place}/', f'"#/$defs/{number}.')
+        parameters = json.loads(text)
+        for place in ("$defs", "definitions"):
+            found = parameters.pop(place, None)
+            definitions |= {f"{number}.{name}": one for name, one in (found if isinstance(found, dict) else {}).items()}
         fields = {"name": {"const": tool["function"]["name"]}, "parameters": parameters}
         calls.append({"type": "object", "properties": fields, "required": [*fields], "additionalProperties": False})
     schema = {"type": "array", "minItems": 1, "maxItems": 8 if parallel else 1, "items": {"anyOf": calls}}
@@ -1588,8 +1596,10 @@ def completion_room(prompt_tokens: int, context_length: int, sampling: Sampling)
     return room if asked is None or asked < 0 else min(asked, room)
 
 
-async def routed(events: AsyncGenerator[Event, None], router: TextRouter) -> AsyncGenerator[Event, None]:
-    """Raw text as text, thinking and calls; log-probabilities of what is held back go with the next event that can."""
+async def routed(
+    events: AsyncGenerator[Event, None], router: TextRouter, single: bool = False
+) -> AsyncGenerator[Event, None]:
+    """Raw text as text, thinking and calls, or the first call; log-probabilities go with the next text shown."""
     waiting: tuple[TokenLogprob, ...] = ()
     called = False
     async with aclosing(events):
@@ -1598,7 +1608,7 @@ async def routed(events: AsyncGenerator[Event, None], router: TextRouter) -> Asy
             if isinstance(event, Done):
                 found = router.finish(event.reason == "length")
             waiting += event.logprobs if isinstance(event, Text) else ()
-            for one in found:
+            for one in [each for each in found if not (single and isinstance(each, ToolCall) and each.call)]:
                 called = called or isinstance(one, ToolCall)
                 yield Text(one.text, waiting) if isinstance(one, Text) else one
                 waiting = () if isinstance(one, Text) else waiting
@@ -2209,8 +2219,9 @@ class TransformersEngine(Engine):
         yield Started(len(prompt.tokens))
         tokens = TokenStream(self, sampling, prompt, grammar)
         events = tokens.events(self._threads, functools.partial(self._answer, sampling, prompt, room, tokens))
+        single = request.parallel_tool_calls is False
         if prompt.formats:
-            events = routed(events, TextRouter(prompt.formats, request.tools, bool(prompt.until)))
+            events = routed(events, TextRouter(prompt.formats, request.tools, bool(prompt.until)), single)
         async with aclosing(events):
             async for event in events:
                 yield event
@@ -2576,7 +2587,8 @@ class VLLMEngine(Engine):
         tags = formats not in ((), (ENFORCED,)) and not request.sampling.ignore_eos
         form = {"structured_outputs": self._structure(request, begin), "skip_special_tokens": not tags}
         events = self._raw(request, prompt, form)
-        events = routed(events, TextRouter(formats, request.tools, begin == "")) if chat else events
+        single = request.parallel_tool_calls is False
+        events = routed(events, TextRouter(formats, request.tools, begin == ""), single) if chat else events
         async with aclosing(events):
             async for event in events:
                 yield event
@@ -2928,8 +2940,15 @@ class EngineHost:
 
     def _flush(self) -> None:
         items, self._outbox = self._outbox, []
-        if items:
-            self._send(Events(items))
+        try:
+            if items:
+                self._send(Events(items))
+        except (ValueError, OverflowError):  # one that cannot be encoded costs its own request, not all of this turn
+            for id, event in items:
+                try:
+                    self._send(Events([(id, event)]))
+                except (ValueError, OverflowError):
+                    self._send(Failed(id, EngineFailed.kind, "The engine wrote something that cannot be sent."))
 
 
 def write_frame(output: int, report: Report) -> None:
@@ -3503,7 +3522,7 @@ class SamplingBody(_Strict):
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     n: Annotated[int | None, Field(ge=1, le=16)] = None
     format: Literal["json", ""] | dict[str, Any] | None = None
-    regex: Pattern = None
+    regex: Annotated[str | None, Field(min_length=1, max_length=4096)] = None
     choice: Annotated[list[Annotated[str, Field(min_length=1, max_length=4096)]] | None, Field(min_length=1)] = None
     grammar: Pattern = None
 
@@ -3717,9 +3736,11 @@ def call_of(call: CallBody, place: str) -> Call:
         value = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
-    except ValueError as error:
+        text = json.dumps(value, ensure_ascii=False)  # spelled alike by every protocol
+        msgspec.msgpack.encode(value)
+    except (ValueError, OverflowError, RecursionError) as error:
         raise BadRequest(f"Field '{place}.function.arguments': invalid tool call arguments: {error}") from error
-    return Call(call.id or new_call_id(), call.function.name, json.dumps(value, ensure_ascii=False))  # spelled alike
+    return Call(call.id or new_call_id(), call.function.name, text)
 
 
 def messages_of(bodies: list[MessageBody]) -> tuple[Message, ...]:
@@ -3768,6 +3789,8 @@ THINK_LEVELS = ("low", "medium", "high", "max")
 
 def think_of(value: bool | str | None) -> bool | str | None:
     """Whether, or how hard, to think. Raises BadRequest with Ollama's words."""
+    if value == "":
+        return None
     if isinstance(value, str) and value not in THINK_LEVELS:
         raise BadRequest(f'invalid think value: "{value}" (must be "high", "medium", "low", "max", true, or false)')
     return value
@@ -3844,7 +3867,8 @@ def native_call(index: int, call: Call) -> Json:
     """A tool call in Ollama's shape: its arguments are an object, empty when the model's text was none."""
     try:
         arguments = json.loads(call.arguments or "{}")
-    except ValueError:
+        json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()  # else no reply could hold it
+    except (ValueError, RecursionError):
         arguments = {}
     return {"id": call.id, "function": {"index": index, "name": call.name, "arguments": arguments}}
 
@@ -4025,7 +4049,8 @@ def ollama_body(model: type[BodyModel], body: Body, missing: str = "model is req
             body[place] = {name: _option(name, value) for name, value in body[place].items() if name not in RUNNER}
     if isinstance(name := body.get("model"), str):
         body["model"] = name.strip()
-        if re.search(r"(?i):(.*-)?cloud$", name):
+        tag = name.lower().rpartition(":")[2] if ":" in name else ""
+        if tag == "cloud" or tag.endswith("-cloud"):
             raise CloudDisabled("ollama cloud is disabled: remote model is unavailable")
     if not missing and not body.get("model"):
         raise ModelNotFound("model '' not found")
@@ -4079,20 +4104,24 @@ def turns_of(context: list[int]) -> list[Message]:
     return [Message(role, content) for role, content in turns]
 
 
-GO_ACTION = re.compile(r"(?:\s*\{\{-|\{\{)\s*(.*?)\s*(?:-\}\}\s*|\}\})", re.DOTALL)
+GO_ACTION = re.compile(r"\{\{((?:(?!\}\}).)*)\}\}", re.DOTALL)  # a dash inside takes the white space beside it
 
 
 def go_rendered(template: str, values: Mapping[str, str]) -> str:
     """A prompt by a template of Ollama's older form, up to its .Response. Raises BadRequest for any other form."""
     shown, at, conditions = list[str](), 0, list[bool]()
+    trims = False
     for match in GO_ACTION.finditer(template + "{{ .Response }}"):
-        action = match[1].removeprefix("if ")
+        named = match[1].strip("-").strip()
+        action = named.removeprefix("if ").strip()
         if all(conditions):
-            shown += [template[at : match.start()], values.get(match[1], "")]
-        at = match.end()
+            text = template[at : match.start()]
+            text = text.lstrip() if trims else text
+            shown += [text.rstrip() if match[1].startswith("-") else text, values.get(named, "")]
+        at, trims = match.end(), match[1].endswith("-")
         if action == ".Response" and all(conditions):
             break
-        if action in values and action != match[1]:
+        if action in values and action != named:
             conditions.append(bool(values[action]))
         elif conditions and action == "else":
             conditions[-1] = not conditions[-1]
@@ -4260,7 +4289,8 @@ def created_ways(body: CreateBody, options: Json) -> Json:
         raise BadRequest("Field 'template': it must be a Jinja chat template; without one the model's own is used.")
     ways: Json = {"template": body.template, "system": body.system}
     ways |= {"messages": list(messages_of(body.messages)) if body.messages else None}
-    ways |= {"options": options | sampling_of(body.parameters).chosen() if body.parameters else None}
+    chosen = options | (sampling_of(body.parameters).chosen() if body.parameters else {})
+    ways |= {"options": msgspec.to_builtins(chosen, str_keys=True) if body.parameters else None}
     return {name: value for name, value in ways.items() if value is not None}
 
 
@@ -4357,7 +4387,7 @@ class OpenAIChatBody(ConversationBody, StreamedBody):
 class CompletionBody(SamplingBody, StreamedBody):
     """The body of POST /v1/completions; each prompt is a text or token ids. `best_of` is named as ignored."""
 
-    prompt: Inputs
+    prompt: Annotated[Inputs, Field(max_length=1024)]
     suffix: str | None = None
     echo: bool | None = None
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None  # type: ignore[assignment]
@@ -4552,7 +4582,7 @@ def openai_error(error: ServerError) -> Json:
     text, code = str(error), error.kind if error.kind == "context_length_exceeded" else None
     if missing := re.match(r"Model (.+) not found: ", text) if error.status == 404 else None:
         text, code = f"model '{missing[1]}' not found, try pulling it first", "model_not_found"
-    field = re.search(r"(?:^Field|^Missing| -) '([^']+)'", text)
+    field = re.search(r"(?:(?:^Field|^Missing| -) '|^invalid (?=think))([\w.]+)", text)
     kind = ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     return {"error": {"message": text, "type": kind, "param": field and field[1], "code": code}}
 
@@ -4573,7 +4603,7 @@ def models_json(metas: Iterable[ModelMeta], anthropic: bool, name: str = "") -> 
     data = []
     for meta in sorted(metas, key=lambda meta: meta.pulled_at, reverse=True):
         created = int(datetime.fromisoformat(meta.pulled_at).timestamp()) if meta.pulled_at else 0
-        owner, shown = meta.name.rpartition("/")[0] or "library", name or meta.name
+        owner, shown = meta.name.rpartition("/")[0] or "library", name or tagged(meta.name)
         theirs: Json = {"type": "model", "id": shown, "display_name": shown, "created_at": meta.pulled_at}
         theirs |= {
             "capabilities": None,
@@ -4666,7 +4696,7 @@ class ItemBody(_Strict):
     content: Content = None
     summary: Content = None
     call_id: str = ""
-    name: str = ""
+    name: Annotated[str, Field(max_length=512)] = ""
     arguments: str = "{}"
     output: Content = None
 
@@ -5295,9 +5325,9 @@ class GGUFReader:
     """Reads a GGUF file's metadata (ggml's specification) with every length checked; arrays are only counted."""
 
     def __init__(self, path: Path) -> None:
-        self._size = path.stat().st_size
         self.parameter_count = 0
         try:
+            self._size = path.stat().st_size
             with path.open("rb") as self._file:
                 magic, _version, tensors, pairs = self._read("4sIQQ")
                 if magic != b"GGUF":
@@ -5305,7 +5335,7 @@ class GGUFReader:
                 self.metadata = {self._text(): self._value(*self._read("I")) for _ in range(pairs)}
                 for _ in range(tensors):  # a count that lies ends where the file ends, as that of the pairs does
                     self._count_tensor()
-        except (struct.error, ValueError, KeyError, RecursionError) as error:
+        except (OSError, struct.error, ValueError, KeyError, RecursionError) as error:
             what = error if type(error) is ValueError else "its header cannot be read"
             raise BadModelFiles(f"{path.name} is not a sound GGUF file: {what}. Pull the model again.") from error
 
@@ -5604,7 +5634,7 @@ async def _pull_model(job: Job) -> ModelMeta:
 
 def _load_facts(meta: ModelMeta) -> tuple[object, ...]:
     """What a loaded engine depends on: other values need another load."""
-    return meta.revision, meta.local_path, meta.preferred_quantized, meta.trust_remote_code, meta.vllm
+    return meta.revision, meta.local_path, meta.preferred_quantized, meta.trust_remote_code, meta.vllm, meta.template
 
 
 async def _fetch_from_hub(job: Job, source: ModelSource) -> tuple[Path, str]:
@@ -5695,8 +5725,10 @@ async def delete_model(raw: str) -> None:
         raise InUse(f"Model {meta.name} is being loaded. Try again when that is through.")
     if not meta.adapter_of and base_of(meta) is meta:
         await unload_model(meta.name)
-    await store.delete_model(meta.name)
+    if meta.name in loads_in_progress:  # it began while the engine was stopped
+        raise InUse(f"Model {meta.name} is being loaded. Try again when that is through.")
     model_meta.pop(meta.name, None)
+    await store.delete_model(meta.name)
     _clear_failures(meta.name)
     if await asyncio.to_thread(_remove_files, meta, list(model_meta.values())):
         await _run_worker(Remove(meta.revision))
@@ -5944,8 +5976,9 @@ async def remember_alias(meta: ModelMeta, raw: str, **ways: Any) -> None:
     alias = msgspec.structs.replace(meta, name=name, parent=parent, pulled_at=now_iso(), **ways)
     await asyncio.to_thread(fingerprint, alias)
     await _remember_model(alias)
-    if old is not None:
-        await asyncio.to_thread(_remove_files, old, list(model_meta.values()))
+    _outdate_engine(name)
+    if old is not None and await asyncio.to_thread(_remove_files, old, list(model_meta.values())):
+        await _run_worker(Remove(old.revision))
 
 
 def blob_path(digest: str) -> Path:
@@ -5953,6 +5986,13 @@ def blob_path(digest: str) -> Path:
     if not re.fullmatch(r"sha256[:-][0-9a-f]{64}", digest):
         raise BadRequest("invalid digest format")
     return STATE_DIR / "blobs" / digest[7:] / "model.gguf"
+
+
+def _write_with_reserve(file: BinaryIO, chunk: bytes) -> None:
+    """Write on, as long as the disk keeps what the state and everybody else need. Raises OSError."""
+    if shutil.disk_usage(STATE_DIR).free < DISK_RESERVE_BYTES + len(chunk):
+        raise OSError(errno.ENOSPC, "the disk is nearly full")
+    file.write(chunk)
 
 
 async def store_blob(digest: str, chunks: AsyncIterator[bytes]) -> bool:
@@ -5965,7 +6005,7 @@ async def store_blob(digest: str, chunks: AsyncIterator[bytes]) -> bool:
     try:
         with partial.open("wb") as file:
             async for chunk in chunks:
-                await asyncio.to_thread(file.write, chunk)
+                await asyncio.to_thread(_write_with_reserve, file, chunk)
                 actual.update(chunk)
         if actual.hexdigest() != path.parent.name:
             raise BadRequest(f'digest mismatch, expected "{digest}", got "sha256:{actual.hexdigest()}"')
@@ -5989,7 +6029,7 @@ def uploaded_model(files: Mapping[str, str], name: str) -> ModelMeta:
     if not (path := blob_path(digest)).exists():
         raise BadRequest(f"Field 'files': {digest} was not uploaded: POST /api/blobs/{digest} does that.")
     try:
-        return describe_model(ModelSource(name), path, path.parent.name)
+        return describe_model(ModelSource(plain_name(name)), path, path.parent.name)
     except BadModelFiles as error:
         raise BadRequest(f"Field 'files': {error}") from error
 
@@ -6219,7 +6259,7 @@ async def _load(meta: ModelMeta) -> EngineProcess:
 
 async def _wake(engine: EngineProcess) -> EngineProcess:
     """Bring a sleeping model back to the device; one that cannot wake is stopped, and loads anew the next time."""
-    await _evict_lru_if_needed(model_meta[engine.spec.model].memory_bytes or 0, keep=engine)
+    await _evict_lru_if_needed(_held_bytes(engine), keep=engine)
     began = time.perf_counter()
     try:
         await engine.wake()
@@ -6306,7 +6346,8 @@ async def keep_standbys() -> None:
 
 async def _cache_model(meta: ModelMeta, engine: EngineProcess) -> None:
     """Put a loaded model at the young end of the LRU and write down what its load showed."""
-    engine.outdated = _load_facts(model_meta.get(meta.name, meta)) != _load_facts(meta)  # pulled again meanwhile
+    known = model_meta.get(meta.name)
+    engine.outdated = known is None or _load_facts(known) != _load_facts(meta)  # deleted, or pulled again, meanwhile
     model_cache[meta.name] = engine
     meta.ladder.append(Rung(engine.spec.backend, "loaded"))
     meta.last_backend, meta.load_seconds, meta.load_phases = engine.spec.backend, engine.load_seconds, engine.phases
@@ -6357,11 +6398,17 @@ async def _evict_lru_if_needed(need: int, keep: EngineProcess | None = None) -> 
             await _wait_for_place(f"{need / MEBIBYTE:.0f} MiB are needed, and models in use hold the memory.")
 
 
+def _held_bytes(engine: EngineProcess) -> int:
+    """What a model held when it was loaded; nothing is known of one that was deleted meanwhile."""
+    meta = model_meta.get(engine.spec.model)
+    return (meta.memory_bytes if meta else None) or 0
+
+
 def _choose_victim(missing: int, crowded: bool, keep: EngineProcess | None = None) -> EngineProcess | None:
     """One idle model whose leaving is enough, else the least recently used one; sleeping ones last, `keep` never."""
     free = [engine for engine in model_cache.values() if engine.pins == 0 and engine is not keep]
     idle = [engine for engine in free if not engine.asleep]
-    enough = [engine for engine in idle if (model_meta[engine.spec.model].memory_bytes or 0) >= missing]
+    enough = [engine for engine in idle if _held_bytes(engine) >= missing]
     return next(iter(enough + idle + ([] if crowded else free)), None)
 
 
@@ -6369,7 +6416,8 @@ async def retire_engine(engine: EngineProcess) -> None:
     """Take an idle model off the device: asleep where its engine can and host memory allows, else stopped."""
     asleep = [other for other in model_cache.values() if other.asleep]
     spare = psutil.virtual_memory().available - HOST_MEMORY_RESERVE
-    room = MAX_SLEEPING_MODELS and spare >= weight_bytes(model_meta[engine.spec.model], engine.spec.quantization)
+    meta = model_meta.get(engine.spec.model)
+    room = meta and MAX_SLEEPING_MODELS and spare >= weight_bytes(meta, engine.spec.quantization)
     if not (room and engine.info.can_sleep) or engine.outdated:
         return await _drop_engine(engine)
     if len(asleep) >= MAX_SLEEPING_MODELS:
@@ -6555,10 +6603,13 @@ def _with_defaults(request: ChatRequest, meta: ModelMeta) -> ChatRequest:
     if request.task not in ("chat", "complete", "count"):
         return request
     chosen = {**meta.options, **request.sampling.chosen()}
+    if request.sampling.shape():  # one form of the answer is enough
+        chosen |= dict.fromkeys({"format", "regex", "choice", "grammar"} - {request.sampling.shape()})
+    chosen["n"] = request.sampling.n  # how many choices a reply has is its protocol's to know
     messages = (*(meta.messages if request.messages else ()), *request.messages)
     if meta.system is not None and messages and not any(message.role == "system" for message in messages):
         messages = (Message("system", meta.system), *messages)
-    return msgspec.structs.replace(request, messages=messages, sampling=msgspec.convert(chosen, Sampling))
+    return msgspec.structs.replace(request, messages=messages, sampling=msgspec.convert(chosen, Sampling, strict=False))
 
 
 @app.exception_handler(ServerError)
@@ -6608,7 +6659,13 @@ def _served_by(engine: EngineProcess, request: ChatRequest) -> ServedBy:
     return served_by
 
 
-ABILITIES = {"chat": "completion", "complete": "completion", "embed": "embedding", "rerank": "rerank"}  # by task
+ABILITIES = {
+    "chat": "completion",
+    "count": "completion",
+    "complete": "completion",
+    "embed": "embedding",
+    "rerank": "rerank",
+}  # by task
 TASK_WORDS = {"complete": "generate", "embed": "embeddings"}
 
 
@@ -7021,7 +7078,6 @@ async def ollama_create(body: CreateBody) -> Response:
     made = find_model if body.from_ else functools.partial(uploaded_model, body.files or {})
     meta = await asyncio.to_thread(made, body.from_ or body.model)
     await remember_alias(meta, body.model, **created_ways(body, meta.options))
-    _outdate_engine(find_model(body.model).name)
     return await _progress(_statuses(f"using existing layer sha256:{meta.digest}", "writing manifest"), body.stream)
 
 

@@ -534,3 +534,45 @@ def test_liveness(server: Server) -> None:
         assert (response.status_code, response.content) == (200, b"")
     missing = server.client.post("/api/chat")
     assert (missing.status_code, missing.json()) == (400, {"error": "missing request body"})
+
+
+@pytest.mark.parametrize("text", ['{"a": 1e999}', '{"a": "\\ud83d"}', '{"a": NaN}', "[" * 100_000])
+def test_arguments_that_no_reply_can_hold_are_empty(text: str) -> None:
+    """An engine's own parser may pass them on."""
+    assert app.native_call(0, app.Call("c", "f", text))["function"]["arguments"] == {}
+
+
+@pytest.mark.parametrize("name", ["m:cloud", "m:7b-CLOUD"])
+def test_a_name_of_the_cloud_is_refused(name: str) -> None:
+    """And a long name is not read letter by letter over and over."""
+    with pytest.raises(app.CloudDisabled):
+        chat(model=name)
+    assert chat(model="cloud:7b").model == "cloud:7b"
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        ("a  {{- .Prompt -}}  b {{ .Response }} c", "aHib "),
+        ("{{if .System}}S{{ .System }}{{else}}no{{end}} {{.Prompt}}", "no Hi"),
+    ],
+)
+def test_white_space_and_conditions_of_a_go_template(template: str, prompt: str) -> None:
+    """A dash takes the white space beside it."""
+    assert generate(template=template).inputs == (prompt,)
+
+
+def test_a_model_made_with_options_of_every_kind_answers(fake_server: Server) -> None:
+    """A bias of tokens is kept, and how many choices a reply has stays the request's to say."""
+    fake_server.have("fake/a")
+    ways = {"parameters": {"logit_bias": {"5": 1}, "n": 4, "format": "json"}, "stream": False}
+    made = fake_server.client.post("/api/create", json={"model": "mine", "from": "fake/a", **ways})
+    assert made.status_code == 200, made.text
+    asked = {"model": "mine", "max_tokens": 9, "stream": True, "messages": [{"role": "user", "content": "count 2"}]}
+    for _ in range(2):
+        said = fake_server.client.post("/v1/messages", json=asked).text
+        assert said.count("event: message_stop") == 1
+        fake_server.stop()
+        fake_server.start()
+    both = fake_server.client.post("/chat", json={"model": "mine", "prompt": "count 1", "regex": "a", "stream": False})
+    assert both.status_code == 200, both.text

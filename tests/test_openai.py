@@ -671,15 +671,15 @@ def test_models() -> None:
     assert app.models_json(metas, False) == {
         "object": "list",
         "data": [
-            {"id": "Org/Name", "object": "model", "created": 1735787046, "owned_by": "Org"},
+            {"id": "Org/Name:latest", "object": "model", "created": 1735787046, "owned_by": "Org"},
             {"id": "smollm2:135m", "object": "model", "created": 1735787045, "owned_by": "library"},
         ],
     }
     theirs = app.models_json(metas, True)
     moment = "2025-01-02T03:04:06.000000Z"
-    expected = {"type": "model", "id": "Org/Name", "display_name": "Org/Name", "created_at": moment}
+    expected = {"type": "model", "id": "Org/Name:latest", "display_name": "Org/Name:latest", "created_at": moment}
     assert expected.items() <= theirs["data"][0].items()
-    assert (theirs["first_id"], theirs["last_id"], theirs["has_more"]) == ("Org/Name", "smollm2:135m", False)
+    assert (theirs["first_id"], theirs["last_id"], theirs["has_more"]) == ("Org/Name:latest", "smollm2:135m", False)
     assert app.models_json([], False) == {"object": "list", "data": []}
     assert app.models_json([], True) == {"data": [], "has_more": False, "first_id": None, "last_id": None}
 
@@ -801,17 +801,16 @@ def test_ignored_fields_are_named(running: Server) -> None:
 def test_models_over_http(running: Server) -> None:
     """A list and one, whatever is in its name, in the words of the client's protocol."""
     listed = running.client.get("/v1/models").json()
-    assert [each["id"] for each in listed["data"]] == ["fake/a"]
+    assert [each["id"] for each in listed["data"]] == ["fake/a:latest"]
     for spelled in ("fake/a", "FAKE/a", "fake%2Fa"):
         one = running.client.get(f"/v1/models/{spelled}").json()
         assert one == {**listed["data"][0], "id": spelled.replace("%2F", "/")}
     theirs = running.client.get("/v1/models", headers={"anthropic-version": "2023-06-01"}).json()
-    assert (theirs["first_id"], theirs["data"][0]["type"]) == ("fake/a", "model")
-    one = running.client.get("/v1/models/fake/a", headers={"anthropic-version": "2023-06-01"}).json()
+    assert (theirs["first_id"], theirs["data"][0]["type"]) == ("fake/a:latest", "model")
+    one = running.client.get("/v1/models/fake/a:latest", headers={"anthropic-version": "2023-06-01"}).json()
     assert one == theirs["data"][0]
 
 
-@pytest.mark.skipif(app.dialect_of("/v1/models/x") is app.NATIVE, reason="PROTOCOLS does not name /v1/ yet")
 def test_missing_model_in_the_list(running: Server) -> None:
     """The same error as from the other endpoints."""
     response = running.client.get("/v1/models/fake/nowhere")

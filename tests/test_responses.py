@@ -74,7 +74,7 @@ def test_items() -> None:
         ],
         instructions="You are kind.",
     )  # fmt: skip
-    calls = (app.Call("c1", "weather", '{"a":1}'), app.Call("c2", "time", "{}"))
+    calls = (app.Call("c1", "weather", '{"a": 1}'), app.Call("c2", "time", "{}"))
     assert request.messages == (
         app.Message("system", "You are kind."),
         app.Message("developer", "Be brief."),

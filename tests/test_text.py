@@ -195,3 +195,27 @@ def test_few_tokens_are_shared_out_among_the_texts_of_a_required_call() -> None:
     assert texts(100) == [bounded, bounded, fields["c"]]
     for roomy in (None, -1, 0, 100_000):
         assert texts(roomy) == [{"type": "string"}, {"type": "string"}, fields["c"]]
+
+
+def test_half_a_surrogate_pair_in_a_call_is_no_call() -> None:
+    """It could be sent to nobody: the text comes back as it was written."""
+    tool = {"type": "function", "function": {"name": "f"}}
+    text = '<tool_call>{"name": "f", "arguments": {"a": "\\ud83d"}}</tool_call>'
+    router = app.TextRouter(app.formats_of("<tool_call>"), [tool])
+    events = [*router.feed(text), *router.finish(False)]
+    assert all(isinstance(event, app.Text) for event in events)
+    assert "".join(event.text for event in events if isinstance(event, app.Text)) == text
+
+
+def test_tools_with_definitions_of_the_same_name_keep_their_own() -> None:
+    """References are moved to the root under names that no other tool has; what is no object is left out."""
+
+    def tool(name: str, place: str, kind: str) -> dict[str, object]:
+        parameters = {place: {"Item": {"type": kind}}, "properties": {"x": {"$ref": f"#/{place}/Item"}}}
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    schema = app.enforced_schema([tool("a", "$defs", "integer"), tool("b", "definitions", "boolean")], False)
+    calls = [each["properties"]["parameters"]["properties"]["x"]["$ref"] for each in schema["items"]["anyOf"]]
+    assert [schema["$defs"][name.removeprefix("#/$defs/")]["type"] for name in calls] == ["integer", "boolean"]
+    odd = {"type": "function", "function": {"name": "c", "parameters": {"$defs": None}}}
+    assert "$defs" not in app.enforced_schema([odd], False)
