@@ -134,7 +134,7 @@ import pynvml
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -758,6 +758,7 @@ loads_in_progress: dict[str, "asyncio.Task[EngineProcess]"] = {}  # written by l
 jobs: dict[str, Job] = {}  # written by create_job, _update_job and restore_state
 job_tasks: dict[str, "asyncio.Task[None]"] = {}  # written by _start_job
 job_lock = asyncio.Lock()  # one new job at a time
+files_lock = asyncio.Lock()  # who remembers a model by its files, and who removes files that no model has
 job_changed = Signal()  # fired by _update_job
 places_changed = Signal()  # fired when a pin or a model goes away
 expiries: set["asyncio.Task[None]"] = set()  # unloads under way; written by _expire
@@ -1645,6 +1646,12 @@ class ThreadStream:
             running.cancel()
 
 
+def thinking_arguments(think: bool | str | None) -> Json:
+    """What chat templates call the wish to think; each takes the names that it knows."""
+    effort = {"reasoning_effort": think} if isinstance(think, str) else {}
+    return {} if think is None else {"enable_thinking": bool(think), "thinking": bool(think), **effort}
+
+
 def _read_logprobs(entries: Iterable[Json], alternatives: int) -> tuple[TokenLogprob, ...]:
     """llama.cpp spells log-probabilities as chat protocols do: a list with one entry a token."""
     found = []
@@ -1821,9 +1828,7 @@ class LlamaCppEngine(Engine):
         think = False if grammar else request.think
         if not self._knows_tools:
             messages, tools = tuple(for_plain_template(messages, tools)), ()
-        arguments: Json = {} if think is None else {"enable_thinking": bool(think), "thinking": bool(think)}
-        arguments |= {"reasoning_effort": think} if isinstance(think, str) else {}
-        body: Json = {"messages": template_messages(messages), "chat_template_kwargs": arguments}
+        body: Json = {"messages": template_messages(messages), "chat_template_kwargs": thinking_arguments(think)}
         body |= {"tools": tools, "parallel_tool_calls": request.parallel_tool_calls is not False} if tools else {}
         if request.tools and request.tool_choice == "required":
             schema = enforced_schema(request.tools, request.parallel_tool_calls is True, request.sampling.max_tokens)
@@ -2462,12 +2467,6 @@ def infill(vocabulary: Iterable[str], prefix: str, suffix: str) -> str:
     if form is None:
         raise BadRequest("Field 'suffix': the model has no tokens for filling in the middle.")
     return form.format(prefix, suffix)
-
-
-def thinking_arguments(think: bool | str | None) -> Json:
-    """What chat templates call the wish to think; each takes the names that it knows."""
-    effort = {"reasoning_effort": think} if isinstance(think, str) else {}
-    return {} if think is None else {"enable_thinking": bool(think), "thinking": bool(think), **effort}
 
 
 class VLLMEngine(Engine):
@@ -3480,6 +3479,12 @@ class _Strict(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: Any) -> Any:
+        given = isinstance(value, dict)
+        return {name: each for name, each in value.items() if each is not None} if given else value
+
 
 WHOLE = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 Probability = Annotated[float | None, Field(ge=0, le=1)]
@@ -3652,9 +3657,8 @@ def validated(model: type[BodyModel], body: Body, missing: str = "Missing 'model
     """Check a body; raises BadRequest that names the first wrong field and its rule, never its value."""
     if not body.get("model") and "model" in model.model_fields:
         raise BadRequest(missing)
-    present = {name: value for name, value in body.items() if value is not None}  # null means absent
     try:
-        return model.model_validate(present)
+        return model.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         named = first["loc"][:-2] if first["loc"][-1] == "[key]" else first["loc"]  # a client's own key stays its own
@@ -4189,6 +4193,8 @@ def _texts_parse(task: Task, missing: str, body: Body) -> ChatRequest:
     inputs: Any = [texts] if isinstance(texts, str) and texts else [] if texts in ("", None) else texts
     if not isinstance(inputs, list) or not all(isinstance(text, str) for text in inputs):
         raise BadRequest("invalid input type")
+    if task != "embed" and len(inputs) > 1:
+        raise BadRequest("Field 'input': one text is answered at a time here.")
     request = ChatRequest(
         given.model, sampling=sampling_of(given.options), stream=False, keep_alive=keep_alive_of(given.keep_alive),
         task=task, inputs=(tuple(given.tokens),) if task == "detokenize" else tuple(inputs) or ("",),
@@ -4582,7 +4588,7 @@ def openai_error(error: ServerError) -> Json:
     text, code = str(error), error.kind if error.kind == "context_length_exceeded" else None
     if missing := re.match(r"Model (.+) not found: ", text) if error.status == 404 else None:
         text, code = f"model '{missing[1]}' not found, try pulling it first", "model_not_found"
-    field = re.search(r"(?:(?:^Field|^Missing| -) '|^invalid (?=think))([\w.]+)", text)
+    field = re.search(r"(?:(?:^Field|^Missing|^Invalid value for| -) '|^invalid (?=think))([\w.]+)", text)
     kind = ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     return {"error": {"message": text, "type": kind, "param": field and field[1], "code": code}}
 
@@ -5619,6 +5625,12 @@ async def _pull_model(job: Job) -> ModelMeta:
         path, revision = await asyncio.to_thread(_packaged_files, source)
     else:
         path, revision = await _fetch_from_hub(job, source)
+    async with files_lock:
+        return await _described(job, source, path, revision)
+
+
+async def _described(job: Job, source: ModelSource, path: Path, revision: str) -> ModelMeta:
+    """Read the facts of what was pulled, and remember the model."""
     meta = await asyncio.to_thread(describe_model, source, path, revision)
     meta.preferred_quantized, meta.trust_remote_code = job.preferred_quantized, job.trust_remote_code
     old = model_meta.get(meta.name)
@@ -5730,8 +5742,9 @@ async def delete_model(raw: str) -> None:
     model_meta.pop(meta.name, None)
     await store.delete_model(meta.name)
     _clear_failures(meta.name)
-    if await asyncio.to_thread(_remove_files, meta, list(model_meta.values())):
-        await _run_worker(Remove(meta.revision))
+    async with files_lock:
+        if await asyncio.to_thread(_remove_files, meta, list(model_meta.values())):
+            await _run_worker(Remove(meta.revision))
     log.info("Deleted %s from disk", meta.name)
 
 
@@ -5765,6 +5778,8 @@ async def restore_state() -> None:
     for meta in present:  # what an earlier version saved has none
         meta.capabilities = meta.capabilities or ["embedding" if meta.embedding else "completion"]
     model_meta.update({meta.name: meta for meta in present})
+    for left in (STATE_DIR / "blobs").glob("*.partial"):
+        left.unlink()
     for name in {meta.name for meta in saved_models} - model_meta.keys():
         log.warning("The files of %s are gone; pull it again", name)
     for job in saved_jobs:
@@ -5974,11 +5989,12 @@ async def remember_alias(meta: ModelMeta, raw: str, **ways: Any) -> None:
     name = old.name if old else plain_name(raw)
     parent = meta.parent or (meta.name if meta.name != name else "")
     alias = msgspec.structs.replace(meta, name=name, parent=parent, pulled_at=now_iso(), **ways)
-    await asyncio.to_thread(fingerprint, alias)
-    await _remember_model(alias)
-    _outdate_engine(name)
-    if old is not None and await asyncio.to_thread(_remove_files, old, list(model_meta.values())):
-        await _run_worker(Remove(old.revision))
+    async with files_lock:
+        await asyncio.to_thread(fingerprint, alias)
+        await _remember_model(alias)
+        _outdate_engine(name)
+        if old is not None and await asyncio.to_thread(_remove_files, old, list(model_meta.values())):
+            await _run_worker(Remove(old.revision))
 
 
 def blob_path(digest: str) -> Path:
@@ -6524,9 +6540,14 @@ async def _pinned(meta: ModelMeta, keep_alive: float | None) -> EngineProcess:
             return engine
 
 
+def engine_of(meta: ModelMeta) -> EngineProcess | None:
+    """The engine in memory that answers for a model; an adapter is not in memory just because its base is."""
+    return model_cache.get(meta.name if meta.adapter_of else base_of(meta).name)
+
+
 def describe(meta: ModelMeta) -> Json:
     """A model as /models shows it: its facts, its ladder, and what is in memory now."""
-    engine = model_cache.get(meta.name if meta.adapter_of else base_of(meta).name)
+    engine = engine_of(meta)
     wait = _in_cooldown(meta.name)
     state = "local" if engine is None else "asleep" if engine.asleep else "ready"
     state = "loading" if meta.name in loads_in_progress else state
@@ -7026,7 +7047,7 @@ async def ollama_tags() -> Json:
 @app.get("/api/ps")
 async def ollama_ps() -> Json:
     """Every model in memory or on its way there, the one that stays longest first."""
-    shown = [(describe(meta), model_cache.get(meta.name)) for meta in await known_models()]
+    shown = [(describe(meta), engine_of(meta)) for meta in await known_models()]
     here = [ollama_running(model, _expiry(engine)) for model, engine in shown if model["state"] in ("ready", "loading")]
     return {"models": sorted(here, key=lambda model: str(model["expires_at"]), reverse=True)}
 
@@ -7075,8 +7096,10 @@ async def ollama_create(body: CreateBody) -> Response:
     """Make a model of another one with its own system prompt, parameters and messages, or of an uploaded GGUF file."""
     if not (body.from_ or body.files):
         raise BadRequest("neither 'from' or 'files' was specified")
-    made = find_model if body.from_ else functools.partial(uploaded_model, body.files or {})
-    meta = await asyncio.to_thread(made, body.from_ or body.model)
+    if body.from_:
+        meta = find_model(body.from_)
+    else:
+        meta = await asyncio.to_thread(uploaded_model, body.files or {}, body.model)
     await remember_alias(meta, body.model, **created_ways(body, meta.options))
     return await _progress(_statuses(f"using existing layer sha256:{meta.digest}", "writing manifest"), body.stream)
 
