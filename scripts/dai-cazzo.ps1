@@ -67,7 +67,7 @@ function Invoke-Api {
 function New-ChatBody {
     param([bool]$Stream)
     $message = @{ role = 'user'; content = $Prompt }
-    return @{ model = $Model; messages = @($message); stream = $Stream; max_tokens = 48 } | ConvertTo-Json -Depth 6 -Compress
+    return @{ model = $Model; messages = @($message); stream = $Stream; max_tokens = 48; temperature = 0 } | ConvertTo-Json -Depth 6 -Compress
 }
 
 # Stops the current step with a reason unless the condition holds.

@@ -63,7 +63,7 @@ chat_body() {
     STREAM=$1 "$PYTHON" -c 'import json, os
 env = os.environ
 messages = [{"role": "user", "content": env["PROMPT"]}]
-print(json.dumps({"model": env["MODEL"], "messages": messages, "stream": env["STREAM"] == "true", "max_tokens": 48}))'
+print(json.dumps({"model": env["MODEL"], "messages": messages, "stream": env["STREAM"] == "true", "max_tokens": 48, "temperature": 0}))'
 }
 
 step() { # step NAME FUNCTION
