@@ -6628,7 +6628,7 @@ def _with_defaults(request: ChatRequest, meta: ModelMeta) -> ChatRequest:
         chosen |= dict.fromkeys({"format", "regex", "choice", "grammar"} - {request.sampling.shape()})
     chosen["n"] = request.sampling.n  # how many choices a reply has is its protocol's to know
     messages = (*(meta.messages if request.messages else ()), *request.messages)
-    if meta.system is not None and messages and not any(message.role == "system" for message in messages):
+    if meta.system is not None and messages and not any(turn.role in ("system", "developer") for turn in messages):
         messages = (Message("system", meta.system), *messages)
     return msgspec.structs.replace(request, messages=messages, sampling=msgspec.convert(chosen, Sampling, strict=False))
 

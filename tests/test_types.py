@@ -172,3 +172,12 @@ def test_now_is_iso_with_z() -> None:
     assert len(stamp) == len("2025-01-01T00:00:00.000000Z")
     assert datetime.fromisoformat(stamp).tzinfo == UTC
     assert stamp.endswith("Z")
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_request_with_instructions_gets_no_others(role: str) -> None:
+    """What a developer says is the system's: a model's own system prompt is for conversations without one."""
+    meta = app.ModelMeta("m", "local", "/m", system="Be kind.")
+    own, user = app.Message(role, "Be brief."), app.Message("user", "Hi")
+    assert app._with_defaults(app.ChatRequest("m", (own, user)), meta).messages == (own, user)
+    assert app._with_defaults(app.ChatRequest("m", (user,)), meta).messages == (app.Message("system", "Be kind."), user)
