@@ -945,8 +945,9 @@ async def read_json(request: Request) -> Json:
         raise BadRequest("missing request body")
     try:
         value = json.loads(body.decode("utf-8-sig"))
-        msgspec.msgpack.encode(value)  # an integer beyond 64 bits, or half a surrogate pair, could not be passed on
-    except (ValueError, OverflowError, RecursionError) as error:
+        if b"\\u" in body:  # the one way to spell half a surrogate pair, which no text of ours can carry on
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"The request body is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise BadRequest("The request body must be a JSON object.")
@@ -3653,12 +3654,23 @@ BodyModel = TypeVar("BodyModel", bound=BaseModel)
 UNION_BRANCH = re.compile(r"str|int|float|bool|[A-Z]\w*|[\w-]+\[.*\]")  # pydantic names them like fields in a place
 
 
+def _check_can_be_sent(name: str, value: Any) -> None:
+    """Raises BadRequest for what an engine could not be told, such as a number of more than 64 bits in a schema."""
+    try:
+        msgspec.msgpack.encode(value)
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise BadRequest(f"Field '{name}': {error}") from error
+
+
 def validated(model: type[BodyModel], body: Body, missing: str = "Missing 'model' in payload") -> BodyModel:
     """Check a body; raises BadRequest that names the first wrong field and its rule, never its value."""
     if not body.get("model") and "model" in model.model_fields:
         raise BadRequest(missing)
     try:
-        return model.model_validate(body)
+        checked = model.model_validate(body)
+        for name in body.keys() - {"keep_alive"}:  # which may be for ever
+            _check_can_be_sent(name, body[name])
+        return checked
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         named = first["loc"][:-2] if first["loc"][-1] == "[key]" else first["loc"]  # a client's own key stays its own

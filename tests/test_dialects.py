@@ -607,3 +607,11 @@ def test_server_sent_events(event: str | None, data: dict[str, str]) -> None:
     assert sent.endswith(b"\n\n")
     assert head == ([f"event: {event}".encode()] if event else [])
     assert json.loads(payload.removeprefix(b"data: ")) == data
+
+
+@pytest.mark.parametrize("field", ["tools", "format"])
+def test_a_number_that_no_engine_can_be_told_is_refused(field: str) -> None:
+    """Inside what has no types of its own; the field is named."""
+    schema = {"type": "object", "maxProperties": 2**70}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    assert f"'{field}'" in refusal({"model": "m", "prompt": "x", field: [tool] if field == "tools" else schema})
