@@ -343,7 +343,8 @@ class ChatRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a client wants from a model, in no dialect.
 
     `messages` are for the tasks chat and count, `inputs` for all else: what is completed, embedded, tokenized (tokens:
-    detokenized), or the query and then the documents to rank. `tools` have the form that chat templates take.
+    detokenized), or the query and then the documents to rank. `tools` have the form that chat templates take. `wire` is
+    what a dialect must remember for its reply; no engine sees it.
     """
 
     model: str
@@ -1048,6 +1049,7 @@ class Format(msgspec.Struct, frozen=True):
     until: tuple[str, ...] = ()
     trim: bool = True
     breaks: str = ""
+    thinks: tuple[str, str] | None = None  # the token that begins thinking, and what comes before the answer itself
 
     def tokens(self, quote: str = "") -> re.Pattern[str]:
         """What to search for in calls, or in what a quote began."""
@@ -1113,12 +1115,12 @@ ENFORCED = Format("", (), BRACES + r"|(?P<close>\])", _json_call, bare=("[",))  
 FORMATS = (  # the first of thinking and the first of calls that a template has are its
     Format("<|open|>think", ("<|open|>think<|sep|>",), until=("<|close|>think<|sep|>", "<|open|>response<|sep|>"),
            drops=("<|open|>response<|sep|>", "<|close|>response<|sep|>", "<|close|>message<|sep|>")),
-    Format("<|channel>", ("<|channel>thought",), until=("<channel|>",)),
+    Format("<|channel>", ("<|channel>thought",), until=("<channel|>",), thinks=("<|channel>", "<channel|>")),
     Format("<|channel|>", ("<|channel|>analysis<|message|>",), until=("<|end|>",),
            drops=("<|start|>assistant", "<|channel|>final<|message|>", "<|channel|>commentary<|message|>", "<|end|>",
-                  "<|call|>", "<|return|>")),
-    Format(r"\[THINK\]", ("[THINK]",), until=("[/THINK]",)),
-    Format("</?think>", bare=("<think>",), until=("</think>",)),
+                  "<|call|>", "<|return|>"), thinks=("<|channel|>", "<|channel|>final<|message|>")),
+    Format(r"\[THINK\]", ("[THINK]",), until=("[/THINK]",), thinks=("[THINK]", "[/THINK]")),
+    Format("</?think>", bare=("<think>",), until=("</think>",), thinks=("<think>", "</think>")),
     Format("<|open|>call tool", ("<|open|>tools<|sep|>",),
            r'(?P<end>(?:<|close|>argument|index="\d+")<|sep|><|close|>call<|sep|>)|(?P<close><|close|>tools<|sep|>)',
            _tagged_call,
@@ -1178,6 +1180,12 @@ def template_abilities(template: str) -> set[str]:
 def opens_thinking(formats: Iterable[Format], prompt: str) -> bool:
     """Whether a rendered prompt ends inside of thinking, so that the answer begins there."""
     return prompt.rstrip().endswith(tuple(mark for each in formats if each.until for mark in each.opens + each.bare))
+
+
+def answer_formats(template: str, request: ChatRequest) -> tuple[Format, ...]:
+    """The formats of one answer: where a call is required it is nothing else, but for the thinking before it."""
+    formats = formats_of(template)
+    return (*[each for each in formats if each.until], ENFORCED) if request.tool_choice == "required" else formats
 
 
 Routed = Text | Thinking | ToolCall
@@ -1367,6 +1375,19 @@ def for_plain_template(messages: Iterable[Message], tools: Iterable[Json]) -> li
     return turns
 
 
+def turns_for(template: str, request: ChatRequest) -> tuple[list[Json], list[Json]]:
+    """A request's turns and tools as a chat template takes them; one that knows no tools gets them as text."""
+    turns, tools = request.messages, list(request.tools)
+    if (tools or any(turn.calls or turn.role == "tool" for turn in turns)) and not re.search(r"\btools\b", template):
+        return template_messages(for_plain_template(turns, tools)), []
+    return template_messages(turns), tools
+
+
+def choice_grammar(choices: Iterable[str]) -> str:
+    """One of these texts, in the form that GBNF and EBNF share."""
+    return "root ::= " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+
+
 LONGEST_BOUND = 1900  # of a text in a grammar; llama.cpp refuses more than 2,000 repetitions
 
 
@@ -1402,6 +1423,11 @@ def enforced_schema(tools: Iterable[Json], parallel: bool, max_tokens: int | Non
         calls.append({"type": "object", "properties": fields, "required": [*fields], "additionalProperties": False})
     schema = {"type": "array", "minItems": 1, "maxItems": 8 if parallel else 1, "items": {"anyOf": calls}}
     return schema | ({"$defs": definitions} if definitions else {})
+
+
+def required_schema(request: ChatRequest) -> Json:
+    """The schema of an answer that must be a call: one, unless several were asked for."""
+    return enforced_schema(request.tools, request.parallel_tool_calls is True, request.sampling.max_tokens)
 
 
 ###############################################################################
@@ -1558,6 +1584,7 @@ class Engine:
     """What the host needs from an engine; one whose `EngineInfo.can_sleep` is true also has `sleep()` and `wake()`."""
 
     LOG_PHASES: ClassVar[Mapping[str, str]] = {}  # what only the library's own log tells: name of a phase to regex
+    threads: ThreadPoolExecutor  # where an engine whose library blocks does its work
 
     async def prepare(self) -> None:
         """Import the libraries, and touch no device."""
@@ -1571,8 +1598,10 @@ class Engine:
         raise NotImplementedError
 
     async def work(self, request: ChatRequest) -> tuple[Any, int]:
-        """Do a task that gives no text: its value or None, and the tokens of its input. Raises BadRequest."""
-        raise BadRequest(f"{request.model} does not support {request.task} on this engine.")
+        """Do a task that gives no text, in a blocking method `_TASK`: its value or None, and its prompt's tokens."""
+        if (task := getattr(self, f"_{request.task}", None)) is None:
+            raise BadRequest(f"{request.model} does not support {request.task} on this engine.")
+        return cast(tuple[Any, int], await asyncio.get_running_loop().run_in_executor(self.threads, task, request))
 
     async def answer(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
         """The events of a task that gives no text."""
@@ -1688,7 +1717,7 @@ class LlamaCppEngine(Engine):
         import xllamacpp
 
         self._spec = spec
-        self._threads = ThreadPoolExecutor(max_workers=8 * spec.parallel, thread_name_prefix="llama.cpp")
+        self.threads = ThreadPoolExecutor(max_workers=8 * spec.parallel, thread_name_prefix="llama.cpp")
         try:
             self._server = await asyncio.to_thread(xllamacpp.Server, self._parameters(xllamacpp, spec))
         except RuntimeError as error:
@@ -1749,7 +1778,7 @@ class LlamaCppEngine(Engine):
         echoed = request.inputs if sampling.echo and request.task == "complete" else ()
         first = iter([Text(await asyncio.to_thread(self._text, one)) for one in echoed])
         prompt_tokens = room = -1
-        async with aclosing(thread.events(self._threads, lambda: self._run(request, take))) as chunks:
+        async with aclosing(thread.events(self.threads, lambda: self._run(request, take))) as chunks:
             async for chunk in chunks:
                 if "error" in chunk:
                     raise self._error_of(chunk["error"], sampling)
@@ -1816,7 +1845,7 @@ class LlamaCppEngine(Engine):
         if (wanted := chosen.pop("format", None)) is not None:
             chosen["json_schema"] = {"type": "object"} if wanted == "json" else wanted
         if choices := chosen.pop("choice", None):
-            chosen["grammar"] = "root ::= " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+            chosen["grammar"] = choice_grammar(choices)
         if (regex := chosen.pop("regex", None)) is not None:
             chosen["grammar"] = _regex_grammar(regex)
         chosen |= {"return_progress": True, "timings_per_token": True, "stream": True, "verbose": True}
@@ -1832,8 +1861,7 @@ class LlamaCppEngine(Engine):
         body: Json = {"messages": template_messages(messages), "chat_template_kwargs": thinking_arguments(think)}
         body |= {"tools": tools, "parallel_tool_calls": request.parallel_tool_calls is not False} if tools else {}
         if request.tools and request.tool_choice == "required":
-            schema = enforced_schema(request.tools, request.parallel_tool_calls is True, request.sampling.max_tokens)
-            body |= {"json_schema": schema, "grammar": "", "tool_choice": "none"}
+            body |= {"json_schema": required_schema(request), "grammar": "", "tool_choice": "none"}
         return body | {"reasoning_format": "none" if grammar else "auto"}
 
     def _prompt(self, request: ChatRequest) -> Input:
@@ -1852,11 +1880,6 @@ class LlamaCppEngine(Engine):
     def _ids(self, one: Input, special: bool = True) -> list[int]:
         asked = {"content": one, "add_special": special}
         return cast(list[int], self._ask("/tokenize", asked)["tokens"]) if isinstance(one, str) else list(one)
-
-    async def work(self, request: ChatRequest) -> tuple[Any, int]:
-        """Vectors for the inputs, scores for the documents after the query, or what tokenizer and template say."""
-        task = getattr(self, f"_{request.task}", None) or super().work
-        return cast(tuple[Any, int], await asyncio.get_running_loop().run_in_executor(self._threads, task, request))
 
     def _count(self, request: ChatRequest) -> tuple[Any, int]:
         return None, self._ask("/chat/completions/input_tokens", self._body(request))["input_tokens"]
@@ -1924,15 +1947,6 @@ class StepGate:
         self.__exit__()
 
 
-# How thinking begins, in a chat template and in the text that it makes, and what comes before the answer itself.
-THINKING_TAGS = {
-    "<think>": "</think>",
-    "[THINK]": "[/THINK]",
-    "<|channel>": "<channel|>",
-    "<|channel|>": "<|channel|>final<|message|>",
-}
-
-
 class Prompt(msgspec.Struct):
     """What a model goes on from, and how its answer reads: its formats, what begins thinking, what ends it."""
 
@@ -1940,6 +1954,7 @@ class Prompt(msgspec.Struct):
     tokens: list[int]
     formats: tuple[Format, ...] = ()
     stops: tuple[str, ...] = ()
+    thinking: bool = False
     opens: dict[int, str] = {}
     until: str = ""
 
@@ -2009,8 +2024,7 @@ def _grammar_source(sampling: Sampling) -> tuple[str, str]:
         return "json_schema", json.dumps({"type": "object"} if sampling.format == "json" else sampling.format)
     if sampling.regex is not None:
         return "regex", sampling.regex
-    choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in sampling.choice or ())
-    return "grammar", sampling.grammar or f"root ::= {choices}"
+    return "grammar", sampling.grammar or choice_grammar(sampling.choice or ())
 
 
 class Constraint:
@@ -2165,7 +2179,7 @@ class TransformersEngine(Engine):
 
         torch.set_num_threads(spec.threads)
         self.gate = StepGate()
-        self._threads = ThreadPoolExecutor(max_workers=spec.parallel, thread_name_prefix="generate")
+        self.threads = ThreadPoolExecutor(max_workers=spec.parallel, thread_name_prefix="generate")
         granted = self.RUNS_FOREIGN_CODE and spec.trust_remote_code
         self.tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=granted, local_files_only=True)
         if spec.chat_template != PLAIN_CHAT_TEMPLATE:
@@ -2217,30 +2231,29 @@ class TransformersEngine(Engine):
         if required and "format" not in self._options:
             raise BadRequest("Field 'tool_choice': a call cannot be enforced with this model's tokenizer.")
         if required:
-            schema = enforced_schema(request.tools, request.parallel_tool_calls is True, request.sampling.max_tokens)
-            sampling = msgspec.structs.replace(sampling, format=schema, regex=None, choice=None, grammar=None)
+            others = {"regex": None, "choice": None, "grammar": None}
+            sampling = msgspec.structs.replace(sampling, format=required_schema(request), **others)
         grammar, field = None, "tools" if required else sampling.shape()
         if field in self._options or required:
             grammar = await self._grammars.of(sampling, field)
         yield Started(len(prompt.tokens))
         tokens = TokenStream(self, sampling, prompt, grammar)
-        events = tokens.events(self._threads, functools.partial(self._answer, sampling, prompt, room, tokens))
+        events = tokens.events(self.threads, functools.partial(self._answer, sampling, prompt, room, tokens))
         single = request.parallel_tool_calls is False
         if prompt.formats:
-            events = routed(events, TextRouter(prompt.formats, request.tools, bool(prompt.until)), single)
+            events = routed(events, TextRouter(prompt.formats, request.tools, prompt.thinking), single)
         async with aclosing(events):
             async for event in events:
                 yield event
 
-    async def work(self, request: ChatRequest) -> tuple[Any, int]:
-        """Count, tokenize, detokenize."""
-        if request.task == "count":
-            return None, len((await asyncio.to_thread(self._rendered, request)).tokens)
-        if request.task == "tokenize":
-            tokens = await asyncio.to_thread(self.tokenizer.encode, request.inputs[0])
-            return tokens, len(tokens)
-        if request.task != "detokenize":
-            return await super().work(request)
+    def _count(self, request: ChatRequest) -> tuple[Any, int]:
+        return None, len(self._rendered(request).tokens)
+
+    def _tokenize(self, request: ChatRequest) -> tuple[Any, int]:
+        tokens = self.tokenizer.encode(request.inputs[0])
+        return tokens, len(tokens)
+
+    def _detokenize(self, request: ChatRequest) -> tuple[Any, int]:
         return self._completed(request).text, len(request.inputs[0])
 
     def _check_tokens(self, field: str, tokens: Iterable[int]) -> None:
@@ -2251,30 +2264,26 @@ class TransformersEngine(Engine):
         """The chat template applied and tokenized; its text says which formats the model speaks."""
         from jinja2 import TemplateError
 
-        tools, messages, template = list(request.tools), request.messages, PLAIN_CHAT_TEMPLATE
         own = bool(self.tokenizer.chat_template)
-        if own:
-            template = self.tokenizer.get_chat_template(None, tools or None)
-        calls = tools or any(message.calls or message.role == "tool" for message in messages)
-        plain = bool(calls) and not re.search(r"\btools\b", template)
-        turns = template_messages(for_plain_template(messages, tools) if plain else messages)
+        template = self.tokenizer.get_chat_template(None, request.tools or None) if own else PLAIN_CHAT_TEMPLATE
+        turns, tools = turns_for(template, request)
         options = {"chat_template": template, "add_generation_prompt": True, "tokenize": False}
-        options |= {"tools": None if plain else tools or None, **thinking_arguments(request.think)}
+        options |= {"tools": tools or None, **thinking_arguments(request.think)}
         try:
             text = self.tokenizer.apply_chat_template(turns, **options)
         except TemplateError as error:
             raise BadRequest(f"The model's chat template refuses these messages: {error}") from error
-        formats = formats_of(template)
-        if tools and request.tool_choice == "required":
-            formats = (*[each for each in formats if each.until], ENFORCED)
-        tags = {} if request.think is False else {tag: end for tag, end in THINKING_TAGS.items() if tag in template}
+        formats = answer_formats(template, request)
+        thinking = opens_thinking(formats, text)
+        opens, until = next((each.thinks for each in formats if each.thinks), ("", ""))
         return Prompt(
             text,
             self.tokenizer.encode(text, add_special_tokens=False),
             formats,
             () if own else PLAIN_TEMPLATE_STOP,
-            {self._vocabulary[tag]: end for tag, end in tags.items() if tag in self._vocabulary},
-            next((end for tag, end in THINKING_TAGS.items() if text.rstrip().endswith(tag)), ""),
+            thinking,
+            {} if request.think is False or opens not in self._vocabulary else {self._vocabulary[opens]: until},
+            until if thinking else "",
         )
 
     def _completed(self, request: ChatRequest) -> Prompt:
@@ -2581,14 +2590,14 @@ class VLLMEngine(Engine):
         begin = "" if end.endswith("<think>") else None  # what begins the thinking; None where there will be none
         if chat and "<think>" in template and request.think is not False and not end.endswith(("<think>", "</think>")):
             begin = "<think>"
-        formats = formats_of(template) if chat else ()
-        if request.tool_choice == "required":
-            formats = (*(each for each in formats if each.until), ENFORCED)
+        formats = answer_formats(template, request) if chat else ()
         tags = formats not in ((), (ENFORCED,)) and not request.sampling.ignore_eos
         form = {"structured_outputs": self._structure(request, begin), "skip_special_tokens": not tags}
         events = self._raw(request, prompt, form)
         single = request.parallel_tool_calls is False
-        events = routed(events, TextRouter(formats, request.tools, begin == ""), single) if chat else events
+        events = (
+            routed(events, TextRouter(formats, request.tools, opens_thinking(formats, end)), single) if chat else events
+        )
         async with aclosing(events):
             async for event in events:
                 yield event
@@ -2606,17 +2615,15 @@ class VLLMEngine(Engine):
         """The tokens of what the model goes on from: rendered turns, or what was given. Raises BadRequest."""
         from vllm.renderers import ChatParams, TokenizeParams
 
-        for given in request.inputs:
+        if request.inputs:
+            given = request.inputs[0]
             text = infill(self._tokenizer.get_vocab(), self._text(given), request.suffix) if request.suffix else given
             part = {"prompt": text} if isinstance(text, str) else {"prompt_token_ids": list(text)}
             return (await self._engine.renderer.render_cmpl_async([part], TokenizeParams(max_total_tokens=None)))[0]
-        turns, tools, template = request.messages, request.tools, self._template
-        foreign = tools or any(turn.calls or turn.role == "tool" for turn in turns)
-        if foreign and template and "tools" not in template:
-            turns, tools = tuple(for_plain_template(turns, tools)), ()
-        messages = [turn | {"reasoning": turn.get("reasoning_content")} for turn in template_messages(turns)]
+        turns, tools = turns_for(self._template or "tools", request)  # without a template a renderer knows what to do
+        messages = [turn | {"reasoning": turn.get("reasoning_content")} for turn in turns]
         options: Json = {"add_generation_prompt": True, "continue_final_message": False, "tokenize": False}
-        options |= {"tools": list(tools) or None, **thinking_arguments(request.think)}
+        options |= {"tools": tools or None, **thinking_arguments(request.think)}
         chat = ChatParams(chat_template=self._chat_template, chat_template_kwargs=options)
         unlimited = TokenizeParams(max_total_tokens=None, add_special_tokens=False)
         async with _vllm_errors("The model's chat template refuses these messages"):
@@ -2630,7 +2637,7 @@ class VLLMEngine(Engine):
         """Check the length, generate deltas of the text as the model writes it."""
         ids, asked = prompt["prompt_token_ids"], request.sampling
         room = completion_room(len(ids), self._engine.model_config.max_model_len, asked)
-        echo = "".join(map(self._text, request.inputs)) if asked.echo else ""  # scored only with a token after it
+        echo = self._text(request.inputs[0]) if asked.echo else ""  # scored only with a token after it
         if room == 0 and not echo:
             yield Started(len(ids))
             yield Done("length", len(ids), 0, 0.0, 0.0)
@@ -2665,15 +2672,11 @@ class VLLMEngine(Engine):
         shape = request.sampling.shape()
         wanted = getattr(request.sampling, shape, None)
         if request.tool_choice == "required":
-            shape, wanted = (
-                "format",
-                enforced_schema(request.tools, request.parallel_tool_calls is True, request.sampling.max_tokens),
-            )
+            shape, wanted = "format", required_schema(request)
         if not shape:
             return None
         if shape == "choice":
-            rules = [json.dumps(choice, ensure_ascii=False) for choice in request.sampling.choice or ()]
-            shape, wanted = "grammar", f"root ::= {' | '.join(rules)}"
+            shape, wanted = "grammar", choice_grammar(request.sampling.choice or ())
         if begin is None and shape != "format":
             return StructuredOutputsParams(**{shape: wanted})
         answer: Json = {"type": shape, "pattern" if shape == "regex" else shape: wanted}
@@ -2764,8 +2767,8 @@ class SentenceTransformersEngine(Engine):
         """Load the model; torch's threads belong to the thread that it runs on."""
         await self.prepare()
         phase("imports")
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sentence-transformers")
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._load, spec)
+        self.threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sentence-transformers")
+        await asyncio.get_running_loop().run_in_executor(self.threads, self._load, spec)
         phase("weights")
         count = sum(parameter.numel() for parameter in self._model.parameters())
         dtype, device = str(self._model.dtype).removeprefix("torch."), str(self._model.device)
@@ -2781,14 +2784,9 @@ class SentenceTransformersEngine(Engine):
         self._model.eval()
         self._longest = int(self._model.max_seq_length or spec.context_length)
 
-    async def work(self, request: ChatRequest) -> tuple[Any, int]:
-        """Vectors for the inputs, scores for the documents after the query, or what the tokenizer says."""
-        task = getattr(self, f"_{request.task}", None) or super().work
-        return cast(tuple[Any, int], await asyncio.get_running_loop().run_in_executor(self._thread, task, request))
-
     async def pulse(self) -> None:
         """A turn on the thread comes when the batch before it is through."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, int)
+        await asyncio.get_running_loop().run_in_executor(self.threads, int)
 
     def _texts(self, request: ChatRequest) -> list[str]:
         decode = functools.partial(self._model.tokenizer.decode, skip_special_tokens=True)
@@ -2933,8 +2931,9 @@ class EngineHost:
         work = self._engine.stream if request.task in ("chat", "complete") else self._engine.answer
         async with aclosing(work(request)) as events:
             async for event in events:
+                if not self._outbox:  # one sends what all streams have said in this turn
+                    self._loop.call_soon(self._flush)
                 self._outbox.append((id, event))
-                self._loop.call_soon(self._flush)  # the first one sends what all streams have said in this turn
         if not isinstance(event, Done):  # else the server would wait for ever
             raise EngineFailed("The engine ended the request without an answer.")
 
