@@ -100,6 +100,7 @@ import logging
 import logging.handlers
 import math
 import multiprocessing
+import operator
 import platform
 import queue
 import re
@@ -115,25 +116,29 @@ import time
 import tomllib
 import traceback
 import types
+import urllib.request
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, aclosing, asynccontextmanager, closing, suppress
 from datetime import UTC, datetime
 from fnmatch import fnmatch
-from glob import escape as glob_escape
-from hashlib import file_digest, sha256
+from hashlib import file_digest, sha1, sha256
+from io import FileIO
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal, TypeVar, cast
+from urllib.parse import quote, urljoin, urlsplit
 
 import msgspec
 import platformdirs
 import psutil
 import pynvml
+import urllib3
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from filelock import FileLock
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -204,6 +209,11 @@ MODEL_Q4_THRESHOLD_BYTES: int = _read(
     "MODEL_Q4_THRESHOLD_BYTES", os.getenv("MODEL_Q4_THRESHOLD_BYTES", "14000000000"), Size
 )
 MAX_CONCURRENT_PULLS: int = _read("MAX_CONCURRENT_PULLS", os.getenv("MAX_CONCURRENT_PULLS", "2"), Count)
+PULL_BANDWIDTH: int = _read("PULL_BANDWIDTH", os.getenv("PULL_BANDWIDTH", "0"), Size)
+PULL_STALL_SECONDS: float = _read("PULL_STALL_SECONDS", os.getenv("PULL_STALL_SECONDS", "30"), Seconds)
+PULL_TRIES: int = _read("PULL_TRIES", os.getenv("PULL_TRIES", "6"), Count)
+DISK_RESERVE: int = _read("DISK_RESERVE", os.getenv("DISK_RESERVE", "268435456"), Size)
+DISK_QUOTA: int = _read("DISK_QUOTA", os.getenv("DISK_QUOTA", "0"), Size)
 PYTORCH_ALLOC_CONF: str = _read("PYTORCH_ALLOC_CONF", os.getenv("PYTORCH_ALLOC_CONF", "expandable_segments:True"), str)
 HF_HOME: str = _read("HF_HOME", os.getenv("HF_HOME", str(Path.home() / ".cache" / "huggingface")), str)
 HF_ENDPOINT: str = _read("HF_ENDPOINT", os.getenv("HF_ENDPOINT", ""), str)
@@ -245,7 +255,6 @@ SECRET_SETTINGS = re.compile(r"TOKENS?(_|$)|SECRET|PASSW|CREDENTIAL|(^|_|API)KEY
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SHUTDOWN_GRACE_SECONDS = 5.0  # an engine asked to end gets this long before its process group is killed
 CRASH_LOOP_DEATHS, CRASH_LOOP_SECONDS = 3, 300.0  # so many deaths in so long: the model is refused for a while
-DISK_RESERVE_BYTES = 256 * 1024 * 1024  # a pull leaves this much free, for the state and everybody else
 STATE_ROOM_BYTES = 256 * 1024  # the state directory must have this much at the start
 MAX_SAFETENSORS_HEADER_BYTES = 100 * 1000 * 1000  # the safetensors format's own limit
 MAX_GGUF_STRING_BYTES = 64 * 1024 * 1024  # far above any real template or token list entry
@@ -261,6 +270,18 @@ CHILD_PROGRAM = __file__  # what child processes run; tests put a program with e
 MEBIBYTE = 1024 * 1024
 ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM sets up room for
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # what the system says when a disk or a quota is full
+NO_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)  # what it says when a disk or a folder is not ours to write
+
+# A kill costs a download what is under way: so many connections with so many bytes each, 8 MiB.
+CONNECTIONS, SEGMENT_BYTES = 4, 2 * MEBIBYTE
+CHUNK_BYTES = 256 * 1024  # what is read of a connection at once
+PARTIAL_SUFFIX = ".ai-server.incomplete"  # other tools of the Hub's cache know the ending
+PULL_ROUNDS = 3  # so often a file begins anew that changed on its way or arrived wrong
+RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 8.0  # the wait after a failure doubles, from the first to the second
+CONNECT_SECONDS, PRECHECK_SECONDS, SYNC_SECONDS = 10.0, 5.0, 1.0
+REDIRECTS, MAX_REDIRECTS = (301, 302, 303, 307, 308), 8
+MAX_REPOSITORY_FILES = 20_000
+USER_AGENT = f"ai-server/{__version__}"
 
 # What a request gets when neither it, nor the catalogue, nor the model's generation_config.json says otherwise:
 # Ollama's documented defaults, so that a client moved over sees the same behaviour.
@@ -527,6 +548,13 @@ BadRequest = _error("BadRequest", "bad_request", 400)  # the request itself is w
 InvalidModelName = _error("InvalidModelName", "invalid_model", base=BadRequest)  # not in the Hub's grammar nor Ollama's
 ContextLengthExceeded = _error("ContextLengthExceeded", "context_length_exceeded", base=BadRequest)  # with both numbers
 UnsafeFormat = _error("UnsafeFormat", "unsafe_format", base=BadRequest)  # no weights in a format that is safe to open
+UnsupportedFormat = _error(
+    "UnsupportedFormat", "unsupported_format", base=BadRequest
+)  # no weights in any format we know
+UnsafeFilename = _error(
+    "UnsafeFilename", "unsafe_filename", base=BadRequest
+)  # a repository's file would leave its folder
+TooManyFiles = _error("TooManyFiles", "too_many_files", base=BadRequest)  # no repository of a model has so many
 RemoteCodeNotGranted = _error("RemoteCodeNotGranted", "remote_code_disabled", 403)  # nobody granted it at /pull
 GatedModel = _error("GatedModel", "gated", 403)  # the Hub wants a licence accepted, or a token with the right to read
 NotFound = _error("NotFound", "not_found", 404)  # a job, a file or a route of this name is not here
@@ -546,13 +574,27 @@ NoCapacity = _error("NoCapacity", "capacity", 503)  # models or requests that ca
 CrashLoop = _error("CrashLoop", "crash_loop", 503)  # the model's engine died too often
 Unavailable = _error("Unavailable", "unavailable", 503)  # starting, stopping, or the state cannot be written
 CloudDisabled = _error("CloudDisabled", "cloud_disabled", 403)  # what only Ollama's cloud has
+HubUnauthorized = _error("HubUnauthorized", "unauthorized", 403)  # the Hub does not know us, or not our token
 HubUnreachable = _error("HubUnreachable", "offline", 503)  # the Hub does not answer: no network, or it is down
 HubFailed = _error("HubFailed", "hub_error", 502)  # the Hub answered with an error of its own
+HubRefused = _error("HubRefused", "hub_refused", 502)  # the Hub does not want this request, now or later
+BadHubReply = _error("BadHubReply", "bad_hub_reply", 502)  # what the Hub answers is not its protocol
+RateLimited = _error("RateLimited", "rate_limited", 503)  # the Hub wants fewer requests
+Stalled = _error("Stalled", "stalled", 504)  # nothing arrives any more
+BadRedirect = _error("BadRedirect", "bad_redirect", 502)  # a redirect that must not be followed
+TLSFailed = _error("TLSFailed", "tls_error", 502)  # the Hub cannot show who it is
+SizeMismatch = _error("SizeMismatch", "size", 502)  # a file has another length than announced
+ChecksumMismatch = _error("ChecksumMismatch", "checksum", 502)  # a file has other bytes than announced
+ReadOnly = _error("ReadOnly", "read_only", 507)  # the cache cannot be written
 LoadTimeout = _error("LoadTimeout", "load_timeout", 504)  # the engine was not ready within LOAD_TIMEOUT
-DiskFull = _error("DiskFull", "no_disk", 507)  # there is no room on the disk
+DiskFull = _error("DiskFull", "disk_full", 507)  # there is no room on the disk
 RungRefused = _error("RungRefused", "unsupported")  # one engine cannot serve the model; the next one is asked
 StartFailed = _error("StartFailed", "start_failed", base=RungRefused)  # it should have been able to, but did not start
 OutOfMemory = _error("OutOfMemory", "out_of_memory", base=RungRefused)  # the engine needs more memory than there is
+
+
+# The next try may do better. A file that changed begins anew instead; a refusal stays one.
+RETRIED = {error.kind for error in (HubUnreachable, HubFailed, RateLimited, Stalled, SizeMismatch, BadHubReply)}
 
 
 def error_of(kind: str, message: str) -> ServerError:
@@ -589,7 +631,11 @@ class Job(msgspec.Struct):
     quantize: QuantizeChoice = "auto"
     init: bool = False
     trust_remote_code: bool = False
-    status: Literal["queued", "running", "succeeded", "failed", "cancelled"] = "queued"
+    allow_pickle: bool = False
+    make_room: bool = False
+    pin: bool = False
+    check: bool = False
+    status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"] = "queued"
     created_at: str = ""
     started_at: str | None = None
     finished_at: str | None = None
@@ -602,6 +648,11 @@ class Job(msgspec.Struct):
     file: str | None = None
     speed: float | None = None
     eta_seconds: float | None = None
+    attempts: int = 0
+    waiting_for: str = ""
+    bytes_fetched: int = 0
+    fetch_seconds: float = 0.0
+    repaired: list[str] = []
     preferred_quantized: bool | None = None
     load_phases: dict[str, float] = {}
 
@@ -622,11 +673,14 @@ class ModelMeta(msgspec.Struct):
     source: str
     local_path: str
     revision: str = ""
-    format: Literal["gguf", "safetensors"] = "safetensors"
+    format: Literal["gguf", "safetensors", "pickle"] = "safetensors"
     size_bytes: int = 0
     preferred_quantized: bool | None = None
     trust_remote_code: bool = False
+    allow_pickle: bool = False
+    pinned: bool = False
     pulled_at: str = ""
+    last_used_at: str = ""
     family: str = ""
     architecture: str = ""
     context_length: int = 0
@@ -758,6 +812,8 @@ engine_deaths: dict[str, deque[float]] = {}  # monotonic seconds; written by _re
 loads_in_progress: dict[str, "asyncio.Task[EngineProcess]"] = {}  # written by load_model
 jobs: dict[str, Job] = {}  # written by create_job, _update_job and restore_state
 job_tasks: dict[str, "asyncio.Task[None]"] = {}  # written by _start_job
+pull_workers: "set[ChildProcess]" = set()  # written by _run_worker
+listings: "dict[tuple[str, str | None], asyncio.Task[Listing]]" = {}  # requests to the Hub under way; by hub_listing
 job_lock = asyncio.Lock()  # one new job at a time
 files_lock = asyncio.Lock()  # who remembers a model by its files, and who removes files that no model has
 job_changed = Signal()  # fired by _update_job
@@ -815,7 +871,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     log.info("Configuration: %s", _configuration_line())
     await restore_state()
     for name in getattr(app.state, "pull_at_start", []):
-        await create_job(PullBody(model=name))
+        await open_job(job_of(PullBody(model=name)))
     housekeeping = asyncio.create_task(keep_standbys())
     app.state.phase = "ready"
     log.info("Ready: version %s, %d models on disk", __version__, len(model_meta))
@@ -1457,6 +1513,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
     adapter_rank: int = 0
     overrides: dict[str, Any] = {}
     purpose: str = "completion"
+    pickled: bool = False
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -1498,19 +1555,32 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
+class RemoteFile(msgspec.Struct, frozen=True):
+    """A file as the Hub announces it; its digest is a sha256, or git's id (a sha1) where the file is small."""
+
+    name: str
+    size: int
+    digest: str
+
+
 class Fetch(msgspec.Struct, frozen=True, tag=True):
-    """Server to a pull worker: bring this repository's files into the Hub's cache."""
+    """Server to a pull worker: bring these files of a commit into a repository's folder in the Hub's cache."""
 
     repo: str
-    revision: str | None = None
-    file_tag: str | None = None
-    trust_remote_code: bool = False
-
-
-class Remove(msgspec.Struct, frozen=True, tag=True):
-    """Server to a pull worker: delete this revision from the Hub's cache."""
-
     revision: str
+    files: list[RemoteFile]
+    folder: str
+    endpoint: str
+    token: str = ""
+    reference: str = ""
+    check_all: bool = False
+    bandwidth: int = 0
+
+
+class Limit(msgspec.Struct, frozen=True, tag=True):
+    """Server to a pull worker: from now on so many bytes a second; 0 means no limit."""
+
+    bandwidth: int
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
@@ -1567,16 +1637,17 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     bytes_done: int
     size_bytes: int
     file: str
+    attempts: int = 0
+    waiting_for: str = ""
 
 
 class Fetched(msgspec.Struct, frozen=True, tag=True):
-    """Pull worker to server: the files are there."""
+    """Pull worker to server: the files are there; these were here before and wrong."""
 
-    path: str
-    revision: str
+    repaired: list[str] = []
 
 
-Command = Order | Load | Generate | Abort | Fetch | Remove
+Command = Order | Load | Generate | Abort | Fetch | Limit
 Report = Loaded | Refused | Phase | Obeyed | Beat | Events | Failed | Progress | Fetched
 
 
@@ -2184,7 +2255,9 @@ class TransformersEngine(Engine):
         self.tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=granted, local_files_only=True)
         if spec.chat_template != PLAIN_CHAT_TEMPLATE:
             self.tokenizer.chat_template = spec.chat_template or self.tokenizer.chat_template
-        self._model = model = self._load_model(spec.path, granted, **_loading_arguments(spec.quantization))
+        self._model = model = self._load_model(
+            spec.path, granted, **_loading_arguments(spec.quantization, spec.pickled)
+        )
         if model.config.is_encoder_decoder or not hasattr(model, "generate"):
             raise RungRefused("an encoder-decoder model, or none that generates: a causal language model is needed")
         config, own = model.config.get_text_config(), model.generation_config or GenerationConfig()
@@ -2397,7 +2470,7 @@ def _cpu_has_bfloat16() -> bool:
     return False
 
 
-def _loading_arguments(quantization: str) -> Json:
+def _loading_arguments(quantization: str, pickled: bool = False) -> Json:
     """Number type, device and 4-bit settings: bfloat16 where the device is fast at it, nf4 with double quantization."""
     import torch
     from transformers import BitsAndBytesConfig
@@ -2405,7 +2478,12 @@ def _loading_arguments(quantization: str) -> Json:
     on_gpu = torch.cuda.is_available()
     has_bfloat16 = torch.cuda.is_bf16_supported() if on_gpu else _cpu_has_bfloat16()
     dtype = torch.bfloat16 if has_bfloat16 else torch.float16 if on_gpu else torch.float32
-    arguments: Json = {"dtype": dtype, "device_map": "auto" if on_gpu else "cpu", "use_safetensors": True}
+    arguments: Json = {
+        "dtype": dtype,
+        "device_map": "auto" if on_gpu else "cpu",
+        "use_safetensors": not pickled,
+        **({"weights_only": True} if pickled else {}),
+    }
     if quantization == "4bit-nf4":
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
         arguments["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **nf4)
@@ -3024,17 +3102,12 @@ class Reclaimed(msgspec.Struct):
     seconds: float
 
 
-def _child_environment(threads: int = 0, secrets_allowed: bool = False) -> dict[str, str]:
-    """The environment of a child: no secret but for a pull worker, no Hub for an engine."""
-    mine = ("HF_", "HUGGING_FACE_") if secrets_allowed else ()
-    inherited = INHERITED_ENVIRONMENT.items()
-    child = {name: value for name, value in inherited if name.startswith(mine) or not SECRET_SETTINGS.search(name)}
-    child["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    if not secrets_allowed:
-        child |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
-        child |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        child = ENGINE_CACHES | child | ({} if gpu_devices() else {"TORCHDYNAMO_DISABLE": "1"})  # it wants a compiler
-    return child
+def _child_environment(threads: int = 1) -> dict[str, str]:
+    """The environment of a child: no secret, and no Hub."""
+    child = {name: value for name, value in INHERITED_ENVIRONMENT.items() if not SECRET_SETTINGS.search(name)}
+    child |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+    child |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return ENGINE_CACHES | child | ({} if gpu_devices() else {"TORCHDYNAMO_DISABLE": "1"})  # it wants a compiler
 
 
 class ChildProcess:
@@ -3647,6 +3720,15 @@ class PullBody(_Strict):
     quantize: QuantizeChoice = "auto"
     init: bool = False
     trust_remote_code: bool = False
+    allow_pickle: bool = False
+    make_room: bool = False
+    pin: bool = False
+
+
+class PinBody(_Strict):
+    """The body of POST /models/{name}/pin."""
+
+    pinned: bool = True
 
 
 BodyModel = TypeVar("BodyModel", bound=BaseModel)
@@ -5184,6 +5266,7 @@ class CatalogueEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parts: list[str] = []
     file: str | None = None
     folder: str | None = None
+    path: str | None = None
     sha256: str | None = None
     license: str = ""
     pip: str = ""
@@ -5227,16 +5310,34 @@ def catalogue() -> dict[str, tuple[str, CatalogueEntry]]:
     return aliases | {name.lower(): (name, entry) for name, entry in entries.items()}
 
 
+def imported() -> dict[str, tuple[str, CatalogueEntry]]:
+    """What the operator has registered with `ai-server import`, by name in lower case. Raises Unavailable."""
+    path = STATE_DIR / "imports.json"
+    return _read_imports(path, path.stat().st_mtime_ns) if path.exists() else {}
+
+
+@functools.lru_cache(maxsize=1)
+def _read_imports(path: Path, _changed_ns: int) -> dict[str, tuple[str, CatalogueEntry]]:
+    try:
+        entries = msgspec.json.decode(path.read_bytes(), type=dict[str, CatalogueEntry])
+    except (OSError, msgspec.MsgspecError) as error:
+        raise Unavailable(f"The file {path.name} of imported models cannot be read: {error}") from error
+    return {name.lower(): (name, entry) for name, entry in entries.items()}
+
+
 def resolve_name(raw: str, revision: str | None = None) -> ModelSource:
     """Turn what a user typed into a source: a name of the catalogue, else a Hub id. Raises BadRequest, NotFound."""
     lowered = raw.lower() if raw.isascii() else ""
     model, _, tag = lowered.partition(":")
     found = catalogue().get(lowered) or (catalogue().get(model) if tag == "latest" else None)  # the default tag
+    found = found or imported().get(lowered)
     if found is not None:
         name, entry = found
-        repo = entry.repo or (None if entry.package or entry.parts else name)  # a Hub id may have an entry of its own
+        repo = entry.repo or (
+            None if entry.package or entry.parts or entry.path else name
+        )  # a Hub id may have an entry of its own
         if revision is not None and repo is None:
-            raise BadRequest(f"Field 'revision': {name} comes as a Python package and has no revisions.")
+            raise BadRequest(f"Field 'revision': {name} does not come from the Hub and has no revisions.")
         return ModelSource(name, repo, revision or entry.revision, entry=entry)
     match = HUB_NAME.fullmatch(raw)
     if match is None or ".." in raw or "--" in raw or match["repo"].endswith(".git"):
@@ -5248,8 +5349,9 @@ def resolve_name(raw: str, revision: str | None = None) -> ModelSource:
     file_tag = match["tag"] if match["tag"] != "latest" else None
     if file_tag is not None and "/" not in match["repo"]:
         raise _no_model(raw, "no such name in the catalogue. A Hub id has the form org/repo.")
-    name = match["repo"] + (f":{file_tag}" if file_tag else "") + (f"@{match['revision']}" if match["revision"] else "")
-    return ModelSource(name, match["repo"], match["revision"] or revision, file_tag)
+    in_name = match["revision"] if match["revision"] != "main" else None  # what is meant without it
+    name = match["repo"] + (f":{file_tag}" if file_tag else "") + (f"@{in_name}" if in_name else "")
+    return ModelSource(name, match["repo"], in_name or (revision if revision != "main" else None), file_tag)
 
 
 def find_model(raw: str) -> ModelMeta:
@@ -5458,13 +5560,15 @@ def _describe_configuration(meta: ModelMeta, configuration: Path) -> None:
     meta.stored_quantization = str((config.quantization_config or {}).get("quant_method", ""))
 
 
-def describe_model(source: ModelSource, path: Path, revision: str) -> ModelMeta:
+def describe_model(source: ModelSource, path: Path, revision: str, allow_pickle: bool = False) -> ModelMeta:
     """Read cheap facts from a model's files: format, size, architecture, context. Raises BadModelFiles. Blocking."""
     entry = source.entry
     meta = ModelMeta(source.name, source.repo or entry.pip or "local", str(path), revision, pulled_at=now_iso())
     meta.system, meta.options, meta.vllm = entry.system, dict(entry.options), dict(entry.vllm)
     configuration, adapter = path / "config.json", path / "adapter_config.json"
     template, insert, rank = "", False, False
+    if allow_pickle and not any(path.glob("*.safetensors")):
+        meta.format, meta.allow_pickle = "pickle", True
     if path.is_file():  # one GGUF file; a split one is opened by its first part
         meta.format, head = "gguf", GGUFReader(path).metadata
         meta.architecture = meta.family = str(head.get("general.architecture", ""))
@@ -5495,25 +5599,43 @@ def describe_model(source: ModelSource, path: Path, revision: str) -> ModelMeta:
 
 
 GGUF_PART = re.compile(r"(?i)-\d{5}-of-\d{5}(?=\.gguf$)")
+PICKLED = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin")
 DUPLICATE = re.compile(r"(original|onnx|openvino|metal)/|(.*/)?consolidated")  # the same weights, for another runtime
 
 
-def choose_files(files: Mapping[str, int], tag: str | None, trust_remote_code: bool) -> list[str]:
-    """Choose what to fetch: one format, nothing twice, no pickle, code if granted. Raises NotFound, UnsafeFormat."""
+def choose_files(
+    files: Iterable[str], tag: str | None, trust_remote_code: bool, allow_pickle: bool = False
+) -> list[str]:
+    """Choose what to fetch: one format, nothing twice, code and pickle if granted. Raises NotFound, UnsafeFormat."""
     endings = (".safetensors", ".json", ".txt", ".model", ".tiktoken", ".jinja", *([".py"] * trust_remote_code))
     snapshot = sorted(name for name in files if name.endswith(endings) and not DUPLICATE.match(name))
-    ggufs = sorted(name for name in files if name.lower().endswith(".gguf") and "mmproj" not in name.lower())
+    ggufs = sorted(name for name in files if name.lower().endswith(".gguf"))
+    projectors = sorted(
+        (name for name in ggufs if "mmproj" in name.lower()), key=lambda name: "f16" not in name.lower()
+    )
+    ggufs = [name for name in ggufs if name not in projectors]
     if tag is None and any(name.endswith(".safetensors") for name in snapshot):
         return snapshot
     if tag is None and not ggufs:
-        pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-        what = f"only pickle weights ({pickles[0]}), which can run code when opened" if pickles else "no weights"
-        raise UnsafeFormat(f"The repository has {what}: choose one with safetensors or GGUF files.")
+        return sorted({*snapshot, *_pickled_weights(files, allow_pickle)})
     for word in ["Q4_K_M", "Q4_0", "Q8_0", ".*"] if tag is None else [re.escape(tag)]:  # as Ollama, Q4_K_M first
         hits = [name for name in ggufs if re.search(rf"(?i)(^|[^a-z0-9]){word}([^a-z0-9_]|$)", name)]
         if hits:
-            return [name for name in hits if GGUF_PART.sub("", name) == GGUF_PART.sub("", hits[0])]
+            return [name for name in hits if GGUF_PART.sub("", name) == GGUF_PART.sub("", hits[0])] + projectors[:1]
     raise NotFound(f"The repository has no GGUF file tagged {tag}. It has: {', '.join(ggufs[:20]) or 'none'}.")
+
+
+def _pickled_weights(files: Iterable[str], allowed: bool) -> list[str]:
+    """The weights of a repository that has no better ones, if they may be fetched. Raises UnsafeFormat."""
+    pickles = sorted(name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
+    usable = [name for name in pickles if PICKLED.fullmatch(name)]
+    if not pickles:
+        raise UnsupportedFormat("The repository has no weights: choose one with safetensors or GGUF files.")
+    if not (allowed and usable):
+        what = f"The repository has only pickle weights ({pickles[0]}), which can run code when opened"
+        way = 'or grant {"allow_pickle": true}: they are opened with weights_only, in a process of their own'
+        raise UnsafeFormat(f"{what}: choose one with safetensors or GGUF files{', ' + way if usable else ''}.")
+    return usable
 
 
 def weight_files(meta: ModelMeta) -> list[Path]:
@@ -5521,6 +5643,8 @@ def weight_files(meta: ModelMeta) -> list[Path]:
     path = Path(meta.local_path)
     if meta.format == "safetensors":
         return sorted(path.glob("*.safetensors"))
+    if meta.format == "pickle":
+        return sorted(file for file in path.glob("*.bin") if PICKLED.fullmatch(file.name))
     stem = GGUF_PART.sub("", path.name)
     return sorted(file for file in path.parent.glob("*") if GGUF_PART.sub("", file.name) == stem)
 
@@ -5528,36 +5652,237 @@ def weight_files(meta: ModelMeta) -> list[Path]:
 def check_files(meta: ModelMeta) -> int:
     """Check files before native code opens them; returns the number of parameters. Raises BadModelFiles. Blocking."""
     files = weight_files(meta)
-    index, names = Path(meta.local_path) / "model.safetensors.index.json", {file.name for file in files}
+    stem = "pytorch_model.bin" if meta.format == "pickle" else "model.safetensors"
+    index, names = Path(meta.local_path) / f"{stem}.index.json", {file.name for file in files}
     promised = set(_read_side_file(index, SideFile).weight_map.values()) if index.exists() else names
     if not promised or not promised <= names:
         missing = min(promised - names, default="every weight file")
         raise BadModelFiles(f"{missing} of {meta.name} is missing. Pull the model again.")
     if meta.format == "gguf":
         return sum(GGUFReader(file).parameter_count for file in files)
+    if meta.format == "pickle":  # nothing of it is opened here; most are of 16 bits
+        return sum(file.stat().st_size for file in files) // 2
     return sum(map(check_safetensors, files))
+
+
+# -- what the Hub has, and what is here -----------------------------------------
+
+
+class Listing(msgspec.Struct, frozen=True):
+    """A commit of a repository as the Hub lists it, and where its files belong on this machine."""
+
+    repo: str
+    revision: str
+    files: dict[str, RemoteFile]
+    folder: Path
+    endpoint: str
+    token: str
+
+
+def _list_repository(repo: str, revision: str | None) -> Listing:
+    """Ask the Hub what a repository has. Raises a ServerError that says what to do. Blocking."""
+    from huggingface_hub import HfApi, constants, get_token
+
+    try:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=PULL_STALL_SECONDS)
+        found = [(one.rfilename, one.size, one.lfs.sha256 if one.lfs else one.blob_id) for one in info.siblings or []]
+        files = [RemoteFile(str(name), int(size or 0), str(digest)) for name, size, digest in found]
+        if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)) or not HUB_NAME.fullmatch(info.id):
+            raise ValueError("no commit, or no name")
+    except (*_hub_errors(), OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _hub_problem(error) from error
+    check_names(files)
+    folder = Path(constants.HF_HUB_CACHE, "models--" + info.id.replace("/", "--"))
+    by_name = {file.name: file for file in files}
+    return Listing(info.id, str(info.sha), by_name, folder, constants.ENDPOINT.rstrip("/"), get_token() or "")
+
+
+def _hub_errors() -> tuple[type[Exception], type[Exception]]:
+    """What the HTTP library of huggingface_hub raises: httpx, or in later versions httpx2."""
+    from huggingface_hub import get_session
+
+    library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+    return cast(type[Exception], library.HTTPError), cast(type[Exception], library.InvalidURL)
+
+
+def check_names(files: list[RemoteFile]) -> None:
+    """Refuse a listing whose files could land elsewhere than in their folder. Raises UnsafeFilename and others."""
+    if len(files) > MAX_REPOSITORY_FILES:
+        raise TooManyFiles(f"The repository has {len(files)} files; {MAX_REPOSITORY_FILES} is the most.")
+    seen = set[str]()
+    for file in files:
+        parts = file.name.split("/")
+        odd = any(part in ("", ".", "..") or len(part.encode(errors="replace")) > 255 for part in parts)
+        if odd or re.search(r"[\\:\x00-\x1f\x7f\ud800-\udfff]", file.name) or file.name.lower() in seen:
+            raise UnsafeFilename(
+                f"The repository has a file with an unsafe name, {file.name[:80]!r}: nothing is fetched."
+            )
+        if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", file.digest) or not 0 <= file.size < 2**62:
+            raise BadHubReply(f"The Hub gives {file.name[:80]} no digest or size that could be one. Pull again later.")
+        seen.add(file.name.lower())
+
+
+def _hub_problem(error: Exception) -> ServerError:
+    """What a question to the Hub failed with, and what to do; no text of huggingface_hub's has the token in it."""
+    from huggingface_hub import errors as hub
+
+    name, reply = type(error).__name__, getattr(error, "response", None)
+    status = 403 if isinstance(error, hub.GatedRepoError) else getattr(reply, "status_code", None)
+    if isinstance(error, hub.RevisionNotFoundError):
+        return NotFound("The Hub has the model, but not this revision: check it, or pull without one.")
+    if isinstance(error, hub.HFValidationError):
+        return InvalidModelName(f"The Hub's client refuses this name: {error}")
+    if isinstance(error, hub.HfHubHTTPError) and status is not None:
+        told = urllib3.Retry().get_retry_after(cast(Any, reply))
+        return hub_refusal(status, told)
+    if name in ("TooManyRedirects", "UnsupportedProtocol", "RemoteProtocolError") and "edirect" in f"{name}{error}":
+        return BadRedirect("The Hub redirects in a circle. Check HF_ENDPOINT, or pull again later.")
+    if "CERTIFICATE" in str(error) or "SSL" in str(error):
+        return TLSFailed("The Hub's certificate cannot be verified: check the clock, HF_ENDPOINT and SSL_CERT_FILE.")
+    if isinstance(error, OSError) or "httpx" in type(error).__module__:
+        return HubUnreachable(f"The Hub cannot be reached ({name}). Check the network and pull again.")
+    return BadHubReply(
+        f"The Hub's answer is not what its protocol says ({name}). Check HF_ENDPOINT, or pull again later."
+    )
+
+
+async def hub_listing(source: ModelSource) -> Listing:
+    """What the Hub lists for a source; questions that are asked at the same time are asked once. Raises ServerError."""
+    assert source.repo is not None
+    key = (source.repo, source.revision)
+    if (task := listings.get(key)) is None:
+        task = listings[key] = asyncio.create_task(asyncio.to_thread(_list_repository, *key))
+        task.add_done_callback(lambda _: listings.pop(key, None))
+    return await asyncio.shield(task)
+
+
+def bytes_here(listing: Listing, file: RemoteFile) -> int:
+    """How many bytes of a file need not be fetched. Blocking."""
+    path = file_here(listing.folder, listing.revision, file)
+    if path is not None and path.stat().st_size == file.size:
+        return file.size
+    return bytes_in(partial_states(listing.folder / "blobs" / (file.digest + PARTIAL_SUFFIX), file.size), file.size)
+
+
+def chosen_files(listing: Listing, source: ModelSource, job: Job) -> list[RemoteFile]:
+    """The files that a pull brings, the small ones first. Raises NotFound, UnsafeFormat, UnsupportedFormat."""
+    names = choose_files(listing.files, source.file_tag, job.trust_remote_code, job.allow_pickle)
+    return sorted((listing.files[name] for name in names), key=lambda file: file.size)
+
+
+def disk_of(path: Path) -> int:
+    """Bytes that are free where a path is or will be, less the reserve. Blocking."""
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    return shutil.disk_usage(there).free - DISK_RESERVE
+
+
+def held_bytes() -> int:
+    """What the models take of DISK_QUOTA."""
+    return sum({meta.local_path: meta.size_bytes for meta in model_meta.values()}.values())
+
+
+def promised_bytes(but: Job) -> int:
+    """What other open pulls will still write."""
+    running = (job for job in jobs.values() if job.status in ("queued", "running") and job is not but)
+    return sum(max(0, (job.size_bytes or 0) - job.bytes_done) for job in running)
+
+
+async def make_sure_of_room(needed: int, folder: Path, wish: Job) -> None:
+    """See that so many bytes fit on the disk and in DISK_QUOTA; delete models if that is wished. Raises DiskFull."""
+    for victim in (*removable_models(), None):
+        free = await asyncio.to_thread(disk_of, folder) - promised_bytes(wish)
+        left = DISK_QUOTA - held_bytes() - promised_bytes(wish) if DISK_QUOTA else free
+        if needed <= min(free, left):
+            return
+        if victim is None or not wish.make_room:
+            break
+        log.info("Deleting %s (last used %s) to make room for %s", victim.name, victim.last_used_at, wish.model)
+        await delete_model(victim.name)
+    what = (
+        f"{needed} bytes of {max(0, free)} on the disk" if needed > free else f"{needed} bytes of {left} in DISK_QUOTA"
+    )
+    raise DiskFull(f'{wish.model} needs {what}: delete a model, or pull with {{"make_room": true}}, which does that.')
+
+
+def removable_models() -> list[ModelMeta]:
+    """Models whose deletion frees their bytes and hurts nobody, the one that was not used for longest first."""
+    paths = [meta.local_path for meta in model_meta.values()]
+    return sorted(
+        (
+            meta
+            for meta in model_meta.values()
+            if not (meta.pinned or meta.name in model_cache or meta.name in loads_in_progress)
+            and paths.count(meta.local_path) == 1
+            and resolve_name(meta.parent or meta.name).repo is not None
+        ),
+        key=lambda meta: meta.last_used_at or meta.pulled_at,
+    )
 
 
 # -- pull jobs ----------------------------------------------------------------
 
 
-async def create_job(body: PullBody) -> tuple[Job, bool]:
-    """Make a durable job and start it; an equal one that is still open is returned instead. Second value: is it new?"""
+def job_of(body: PullBody) -> Job:
+    """The job that a body asks for. Raises BadRequest, NotFound."""
     source = resolve_name(body.model, body.revision)
+    job = Job("job_" + secrets.token_hex(8), source.name, source.revision, created_at=now_iso())
+    job.preferred_quantized = {"auto": None, "4bit": True, "none": False}[body.quantize]
+    for name in ("quantize", "init", "trust_remote_code", "allow_pickle", "make_room", "pin"):
+        setattr(job, name, getattr(body, name))
+    return job
+
+
+def _open_equal(job: Job) -> Job | None:
+    """The job that is still open and does the same; case makes no difference to the Hub."""
+    wish = operator.attrgetter("revision", "quantize", "init", "trust_remote_code", "allow_pickle", "check")
+    same = (old for old in jobs.values() if (old.model.lower(), wish(old)) == (job.model.lower(), wish(job)))
+    return next((old for old in same if old.status not in FINAL_STATUSES), None)
+
+
+async def request_pull(body: PullBody) -> tuple[Job, bool]:
+    """Open a pull's job, unless the disk cannot hold what it would bring. Raises DiskFull, and as `open_job` does."""
+    job, listing = job_of(body), None
+    source = _source_of(job)
+    if source.repo is not None and _open_equal(job) is None:
+        with suppress(TimeoutError, ServerError):  # what speaks against the pull, or that nobody answers, tells the job
+            listing = await asyncio.wait_for(hub_listing(source), PRECHECK_SECONDS)
+            chosen_files(listing, source, job)
+    with suppress(BadRequest, NotFound):
+        if listing is not None:
+            await _room_for(job, source, listing)
+    return await open_job(job)
+
+
+async def _room_for(job: Job, source: ModelSource, listing: Listing) -> list[RemoteFile]:
+    """The files that a job brings, for which there is room. Raises DiskFull, and as `chosen_files` does."""
+    files = chosen_files(listing, source, job)
+    here = await asyncio.to_thread(lambda: sum(bytes_here(listing, file) for file in files))
+    await make_sure_of_room(sum(file.size for file in files) - here, listing.folder, job)
+    return files
+
+
+async def open_job(job: Job) -> tuple[Job, bool]:
+    """Make a job durable and start it; an equal one that is still open is returned instead. Second value: is it new?"""
     if app.state.phase == "stopping":
         raise Unavailable("The server is stopping. Pull again when it is back.", retry_after=10)
-    wanted = (source.name, source.revision, body.quantize, body.init, body.trust_remote_code)
     async with job_lock:  # an equal pull hears of a job only when that job is durable
-        for job in jobs.values():
-            known = (job.model, job.revision, job.quantize, job.init, job.trust_remote_code)
-            if known == wanted and job.status not in FINAL_STATUSES:
-                return job, False
-        preferred = {"auto": None, "4bit": True, "none": False}[body.quantize]
-        job = Job("job_" + secrets.token_hex(8), *wanted, created_at=now_iso(), preferred_quantized=preferred)
+        if (old := _open_equal(job)) is not None:
+            return (await resume_job(old.id) if old.status == "paused" else old), False
         await store.save_job(job)
         jobs[job.id] = job
     _start_job(job)
     return job, True
+
+
+async def verify_model(raw: str) -> Job:
+    """Open a job that hashes every file of a model again, and fetches anew what is wrong. Raises ModelNotFound."""
+    meta = find_model(raw)
+    meta = model_meta.get(meta.parent, meta)
+    job = Job("job_" + secrets.token_hex(8), meta.name, created_at=now_iso(), check=True)
+    job.revision = meta.revision if resolve_name(meta.name).repo is not None else None
+    job.preferred_quantized, job.pin = meta.preferred_quantized, meta.pinned
+    job.trust_remote_code, job.allow_pickle = meta.trust_remote_code, meta.allow_pickle
+    return (await open_job(job))[0]
 
 
 def _start_job(job: Job) -> None:
@@ -5597,6 +5922,27 @@ async def cancel_job(job_id: str) -> Job:
     return job
 
 
+async def pause_job(job_id: str) -> Job:
+    """Stop a job's download and keep what it has; a job that is at its end stays as it is."""
+    job = find_job(job_id)
+    if (task := job_tasks.get(job_id)) is not None:
+        task.cancel()
+        await asyncio.wait([task])
+    if job.status not in FINAL_STATUSES:
+        await _update_job(job, status="paused", speed=None, eta_seconds=None)
+        log.info("Job %s paused: pull %s", job.id, job.model)
+    return job
+
+
+async def resume_job(job_id: str) -> Job:
+    """Let a paused job go on; any other stays as it is."""
+    job = find_job(job_id)
+    if job.status == "paused":
+        await _update_job(job, status="queued")
+        _start_job(job)
+    return job
+
+
 async def _park_jobs() -> None:
     """At shutdown: stop the downloads; the jobs stay open in the store and go on at the next start."""
     for task in job_tasks.values():
@@ -5629,9 +5975,15 @@ async def _background_pull(job: Job) -> None:
         log.exception("Job %s: its end could not be written; it runs again at the next start", job.id)
 
 
+def _source_of(job: Job) -> ModelSource:
+    """Where a job's model comes from; the revision is the job's."""
+    source = resolve_name(job.model)
+    return msgspec.structs.replace(source, revision=job.revision) if source.repo is not None else source
+
+
 async def _pull_model(job: Job) -> ModelMeta:
     """Bring the files, read their facts, remember the model."""
-    source = resolve_name(job.model, job.revision)
+    source = _source_of(job)
     if source.repo is None:
         path, revision = await asyncio.to_thread(_packaged_files, source)
     else:
@@ -5642,10 +5994,11 @@ async def _pull_model(job: Job) -> ModelMeta:
 
 async def _described(job: Job, source: ModelSource, path: Path, revision: str) -> ModelMeta:
     """Read the facts of what was pulled, and remember the model."""
-    meta = await asyncio.to_thread(describe_model, source, path, revision)
+    meta = await asyncio.to_thread(describe_model, source, path, revision, job.allow_pickle)
     meta.preferred_quantized, meta.trust_remote_code = job.preferred_quantized, job.trust_remote_code
     old = model_meta.get(meta.name)
-    same = old is not None and _load_facts(old) == _load_facts(meta)
+    meta.pinned = job.pin or (old is not None and old.pinned)
+    same = old is not None and _load_facts(old) == _load_facts(meta) and not job.repaired
     if old is not None and same:  # what its loads showed is still true
         for name in ("ladder", "last_backend", "load_seconds", "load_phases", "memory_bytes", "last_reclaim"):
             setattr(meta, name, getattr(old, name))
@@ -5661,27 +6014,54 @@ def _load_facts(meta: ModelMeta) -> tuple[object, ...]:
 
 
 async def _fetch_from_hub(job: Job, source: ModelSource) -> tuple[Path, str]:
-    """Bring a repository's files into the Hub's cache. Raises what the worker refuses with."""
-    assert source.repo is not None
-    fetch = Fetch(source.repo, source.revision, source.file_tag, job.trust_remote_code)
+    """Bring a repository's files into the Hub's cache. Raises what the Hub or the worker refuses with."""
+    listing = await _listing_for(job, source)
+    files = await _room_for(job, source, listing)
+    known = any(meta.revision == listing.revision and meta.source == listing.repo for meta in model_meta.values())
+    fetch = Fetch(
+        listing.repo, listing.revision, files, str(listing.folder), listing.endpoint, listing.token,
+        reference="" if source.revision == listing.revision else source.revision or "main",
+        check_all=job.check or not known,  # what other tools have fetched was never hashed
+    )  # fmt: skip
     fetched = await _run_worker(fetch, job)
-    return Path(fetched.path), fetched.revision
+    job.repaired = fetched.repaired if job.check else []
+    path = listing.folder / "snapshots" / listing.revision
+    weights = [file.name for file in files if file.name.endswith(".gguf") and "mmproj" not in file.name.lower()]
+    return (path / min(weights) if weights else path), listing.revision
 
 
-async def _run_worker(command: Command, job: Job | None = None) -> Fetched:
-    """Run one command in a pull worker, with its progress in the job; leaving kills it. Raises what it refuses with."""
-    began, first = time.monotonic(), None
-    child = await ChildProcess.spawn("--worker", _child_environment(secrets_allowed=True))
+async def _listing_for(job: Job, source: ModelSource) -> Listing:
+    """Ask the Hub as often as it takes, with the last answer in the job. Raises a ServerError after PULL_TRIES."""
+    for failures in itertools.count(1):
+        try:
+            return await hub_listing(source)
+        except ServerError as error:
+            delay = retry_delay(failures, error)
+            await _update_job(job, durable=False, attempts=job.attempts + 1, waiting_for=str(error))
+            await asyncio.sleep(delay)
+    raise AssertionError  # count() has no end
+
+
+def retry_delay(failures: int, problem: ServerError) -> float:
+    """Seconds before the next try: what the Hub asks for, or twice as long each time. Raises the problem at the end."""
+    if failures >= PULL_TRIES or problem.kind not in RETRIED:
+        raise problem
+    return float(problem.retry_after or min(RETRY_SECONDS * 2 ** (failures - 1), LONGEST_RETRY_SECONDS))
+
+
+async def _run_worker(fetch: Fetch, job: Job) -> Fetched:
+    """Run one order in a pull worker, with its progress in the job; leaving kills it. Raises what it refuses with."""
+    began, first, before = time.monotonic(), None, (job.bytes_fetched, job.fetch_seconds)
+    child = await ChildProcess.spawn("--worker", _child_environment())
+    pull_workers.add(child)
     try:
-        child.send(command)
+        child.send(fetch)
+        _share_bandwidth()
         async for report in child.reports():
             match report:
-                case Progress(done, total, file) if job is not None:
-                    first = done if first is None else first
-                    speed = (done - first) / max(time.monotonic() - began, 1e-3)
-                    eta = (total - done) / speed if speed > 0 else None
-                    changes: Json = {"bytes_done": done, "size_bytes": total, "file": file, "speed": speed}
-                    await _update_job(job, durable=False, eta_seconds=eta, **changes)
+                case Progress():
+                    first = report.bytes_done if first is None else first
+                    await _update_job(job, durable=False, **_progress_of(report, first, began, before))
                 case Refused(kind, message, details):
                     error = error_of(kind, message)
                     error.details = details
@@ -5689,14 +6069,34 @@ async def _run_worker(command: Command, job: Job | None = None) -> Fetched:
                 case Fetched():
                     return report
     finally:
+        pull_workers.discard(child)
+        _share_bandwidth()
         await child.stop()
     raise EngineFailed("The download process ended without an answer; pull again.")
 
 
+def _progress_of(report: Progress, first: int, began: float, before: tuple[int, float]) -> Json:
+    """What a report changes in its job; `before` are the bytes and seconds of its earlier workers."""
+    fetched, seconds = max(0, report.bytes_done - first), max(time.monotonic() - began, 1e-3)
+    eta = (report.size_bytes - report.bytes_done) * seconds / fetched if fetched else None
+    changes: Json = {"speed": fetched / seconds, "eta_seconds": eta, **msgspec.structs.asdict(report)}
+    return changes | {"bytes_fetched": before[0] + fetched, "fetch_seconds": before[1] + seconds}
+
+
+def _share_bandwidth() -> None:
+    """Give every pull worker its part of PULL_BANDWIDTH."""
+    for child in pull_workers if PULL_BANDWIDTH else ():
+        with suppress(EngineDied):
+            child.send(Limit(max(1, PULL_BANDWIDTH // len(pull_workers))))
+
+
 def _packaged_files(source: ModelSource) -> tuple[Path, str]:
     """Find a model inside installed packages (which are not imported), join its parts, verify it. Blocking."""
-    entry, found, digest = source.entry, [], ""
-    for place in entry.parts or [f"{entry.package}/{entry.file or entry.folder or ''}"]:
+    entry, found, digest = source.entry, list[Path](), ""
+    path = Path(entry.path or "")
+    if entry.path and not path.exists():
+        raise NotFound(f"{source.name} was imported from {path.name}, which is gone: import it anew.")
+    for place in [] if entry.path else entry.parts or [f"{entry.package}/{entry.file or entry.folder or ''}"]:
         package, _, inside = place.partition("/")
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
@@ -5712,7 +6112,7 @@ def _packaged_files(source: ModelSource) -> tuple[Path, str]:
             digest = file_digest(file, "sha256").hexdigest()
     if entry.sha256 and digest != entry.sha256:
         raise BadModelFiles(f"{path.name} has another sha256 than the catalogue says: reinstall {entry.pip}.")
-    return path, digest or entry.pip
+    return path, digest or entry.pip or "local"
 
 
 def _join(pieces: list[Path], target: Path) -> None:
@@ -5754,27 +6154,84 @@ async def delete_model(raw: str) -> None:
     await store.delete_model(meta.name)
     _clear_failures(meta.name)
     async with files_lock:
-        if await asyncio.to_thread(_remove_files, meta, list(model_meta.values())):
-            await _run_worker(Remove(meta.revision))
+        await asyncio.to_thread(_remove_files, meta, list(model_meta.values()))
     log.info("Deleted %s from disk", meta.name)
 
 
-def _remove_files(meta: ModelMeta, others: list[ModelMeta]) -> bool:
-    """Free what no other model uses; packages stay. Returns whether the Hub's whole revision may go. Blocking."""
+def _remove_files(meta: ModelMeta, others: list[ModelMeta]) -> None:
+    """Free what no other model uses; what came in a package or was imported stays. Blocking."""
     path = Path(meta.local_path)
     if any(other.local_path == meta.local_path for other in others):
-        return False
+        return
     if path.is_relative_to(STATE_DIR):
         shutil.rmtree(path.parent, ignore_errors=True)
-        return False
-    on_hub = resolve_name(meta.parent or meta.name).repo is not None
-    if not on_hub or not any(other.revision == meta.revision for other in others):
-        return on_hub
-    for link in weight_files(meta):
-        blob = link.resolve()
-        link.unlink()
-        blob.unlink(missing_ok=True)
-    return False
+    elif resolve_name(meta.parent or meta.name).repo is None:
+        return
+    elif not any(other.revision == meta.revision for other in others):
+        _remove_revision(meta.revision)
+    else:
+        for link in weight_files(meta):
+            blob = link.resolve()
+            link.unlink()
+            blob.unlink(missing_ok=True)
+
+
+def _remove_revision(revision: str) -> None:
+    """Delete a commit from the Hub's cache; files of other commits stay. Raises Unavailable."""
+    from huggingface_hub import errors, scan_cache_dir
+
+    try:
+        scan_cache_dir().delete_revisions(revision).execute()
+    except errors.CacheNotFound:
+        return
+    except OSError as error:
+        raise Unavailable(
+            f"The Hub's cache cannot be written ({error.strerror}): check the rights of HF_HOME."
+        ) from error
+
+
+# -- what downloads have left --------------------------------------------------
+
+
+def list_partials() -> list[Json]:
+    """Files in the Hub's cache that are not complete, with the open job that will complete them. Blocking."""
+    from huggingface_hub import constants
+
+    going = (job for job in jobs.values() if job.status not in FINAL_STATUSES)
+    busy = {re.split("[:@]", job.model.lower())[0]: job for job in going}
+    found = list[Json]()
+    for path in Path(constants.HF_HUB_CACHE).glob(f"models--*/blobs/*{PARTIAL_SUFFIX}"):
+        facts, repo = path.stat(), path.parent.parent.name.removeprefix("models--").replace("--", "/")
+        job = busy.get(repo.lower())
+        held = getattr(facts, "st_blocks", 0) * 512 or facts.st_size
+        changed = iso_time(datetime.fromtimestamp(facts.st_mtime, UTC))
+        row: Json = {
+            "repo": repo,
+            "file": path.name.removesuffix(PARTIAL_SUFFIX),
+            "bytes": held,
+            "modified_at": changed,
+        }
+        found.append({**row, "job_id": job.id if job else None})
+    return found
+
+
+def clean_partials() -> Json:
+    """Delete what no open job will complete. Blocking."""
+    from huggingface_hub import constants
+
+    orphans = [row for row in list_partials() if row["job_id"] is None]
+    for row in orphans:
+        folder = Path(constants.HF_HUB_CACHE, "models--" + row["repo"].replace("/", "--"), "blobs")
+        (folder / f"{row['file']}{PARTIAL_SUFFIX}").unlink(missing_ok=True)
+    return {"removed": len(orphans), "bytes": sum(row["bytes"] for row in orphans)}
+
+
+async def pin_model(raw: str, pinned: bool) -> ModelMeta:
+    """Keep a model from being deleted to make room, or no longer. Raises ModelNotFound."""
+    meta = find_model(raw)
+    meta.pinned = pinned
+    await store.save_model(meta)
+    return meta
 
 
 def _clear_failures(name: str) -> None:
@@ -5795,7 +6252,7 @@ async def restore_state() -> None:
         log.warning("The files of %s are gone; pull it again", name)
     for job in saved_jobs:
         jobs[job.id] = job
-        if job.status not in FINAL_STATUSES:
+        if job.status not in FINAL_STATUSES and job.status != "paused":
             log.info("Job %s goes on: pull %s", job.id, job.model)
             job.status = "queued"
             _start_job(job)
@@ -5836,96 +6293,489 @@ async def watch_job(job: Job) -> AsyncGenerator[bytes, None]:
 
 
 def worker_main() -> None:
-    """The life of a pull worker: one command, its reports, the end. It may hold the Hub's token and use the network."""
+    """The life of a pull worker: one order, its reports, the end. It has the network, and the token from the order."""
     send = functools.partial(write_frame, claim_stdout())
     _die_with_parent()
     _child_logging()
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
     threading.Thread(target=read_commands, args=(commands.put,), daemon=True).start()
     try:
-        match commands.get():
-            case Fetch() as fetch:
-                send(_fetch_snapshot(fetch, send))
-            case Remove(revision):
-                from huggingface_hub import errors, scan_cache_dir
-
-                with suppress(errors.CacheNotFound):
-                    scan_cache_dir().delete_revisions(revision).execute()  # files of other revisions stay
-                send(Fetched("", revision))
+        order = commands.get()
+        assert isinstance(order, Fetch)
+        download = Download(order, send)
+        threading.Thread(target=download.obey, args=(commands,), daemon=True).start()
+        send(Fetched(download.run()))
     except Exception as error:  # noqa: BLE001  (boundary 2: the server must hear the cause, whatever it is)
-        send(Refused(*_hub_cause(error), "".join(traceback.format_exception(error))))
+        problem = pull_problem(error)
+        send(Refused(problem.kind, str(problem), "".join(traceback.format_exception(error))))
     os._exit(0)
 
 
-def _fetch_snapshot(fetch: Fetch, send: Callable[[Report], None]) -> Fetched:
-    """List, choose, check the disk, download, with the bytes of all files counted. Blocking; in the worker only."""
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from tqdm import tqdm  # type: ignore[import-untyped]  # no annotations
-
-    info = HfApi().model_info(fetch.repo, revision=fetch.revision, files_metadata=True)
-    sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or []}
-    chosen = choose_files(sizes, fetch.file_tag, fetch.trust_remote_code)
-    total, sent, lock = sum(sizes[name] for name in chosen), 0.0, threading.Lock()
-    which: Json = {"revision": str(info.sha), "allow_patterns": [glob_escape(name) for name in chosen]}
-    plan = snapshot_download(fetch.repo, **which, dry_run=True)
-    done = total - sum(int(file.file_size or 0) for file in plan if not file.is_cached)
-    cache = Path(constants.HF_HUB_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    needed, room = total - done, shutil.disk_usage(cache).free - DISK_RESERVE_BYTES
-    if needed > room:
-        raise DiskFull(f"The download needs {needed} bytes of {room} on the disk: free some space and pull again.")
-    send(Progress(done, total, chosen[0]))
-
-    class Counter(tqdm):  # type: ignore[misc]  # tqdm has no annotations
-        """Reports instead of drawing; huggingface_hub makes one bar of bytes over all files, and others."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._counts = kwargs.get("unit") == "B" and "econstruct" not in str(kwargs.get("desc"))
-            super().__init__(*args, **kwargs | {"disable": True})
-
-        def update(self, n: float | None = 1) -> None:
-            """Report at most every PROGRESS_SECONDS."""
-            nonlocal done, sent
-            with lock:
-                done += int(n or 0) if self._counts else 0
-                if self._counts and time.monotonic() - sent > PROGRESS_SECONDS:
-                    sent = time.monotonic()
-                    current = (file.filename for file in plan if not Path(file.local_path).exists())
-                    send(Progress(min(done, total), total, next(current, chosen[-1])))
-
-    path = Path(snapshot_download(fetch.repo, **which, tqdm_class=Counter))
-    send(Progress(total, total, chosen[-1]))
-    return Fetched(str(path / chosen[0] if chosen[0].endswith(".gguf") else path), str(info.sha))
+def _boot_mark() -> bytes:
+    return struct.pack("<q", int(psutil.boot_time()))
 
 
-def _hub_cause(error: BaseException) -> tuple[str, str]:
-    """The cause class of a failed pull and a remedy; no text of huggingface_hub's has the token in it."""
-    from huggingface_hub import errors as hub
+def partial_states(path: Path, size: int) -> bytearray:
+    """What an earlier worker left of a file: the state of each segment, as `Partial` keeps them. Blocking."""
+    count = -(-size // SEGMENT_BYTES)
+    if not path.exists():
+        return bytearray(count)
+    if path.stat().st_size == size:  # killed between the last segment and the blob's name
+        return bytearray(b"\1" * count)
+    with path.open("rb") as file:
+        file.seek(size)
+        states, mark = bytearray(file.read(count)), file.read()
+    if len(states) != count or len(mark) != len(_boot_mark()):
+        return bytearray(count)
+    return states if mark == _boot_mark() else bytearray(2 * (state == 2) for state in states)
 
-    if isinstance(error, hub.LocalEntryNotFoundError) and isinstance(error.__cause__, hub.HfHubHTTPError):
-        error = error.__cause__  # a file's error comes wrapped
-    name, status = type(error).__name__, getattr(getattr(error, "response", None), "status_code", None)
-    invalid = isinstance(error, hub.HFValidationError)
-    gated = isinstance(error, hub.GatedRepoError) or status == 403  # before its base class RepositoryNotFoundError
-    absent = isinstance(error, hub.RepositoryNotFoundError) or status == 401
-    revision = isinstance(error, hub.RevisionNotFoundError)
-    failed = isinstance(error, hub.HfHubHTTPError)
-    full = isinstance(error, OSError) and error.errno in NO_ROOM
-    torn = "Consistency check failed" in str(error)
-    offline = isinstance(error, OSError) or "httpx" in type(error).__module__
-    causes = (  # the first that applies
-        (isinstance(error, ServerError), getattr(error, "kind", ""), str(error)),
-        (invalid, "invalid_model", f"The Hub's client refuses this name: {error}"),
-        (gated, "gated", "The Hub asks for this model's licence: accept it on the model's page, then set HF_TOKEN."),
-        (absent, "not_found", "The Hub has no such model, or it is private: check the name, or set HF_TOKEN."),
-        (revision, "not_found", "The Hub has the model, but not this revision: check it, or pull without one."),
-        (failed, "hub_error", f"The Hub answered with status {status}. Pull again later."),
-        (full, "no_disk", "The disk became full during the download: free some space and pull again."),
-        (torn, "bad_model_files", "A file arrived with another size than the Hub announced. Pull the model again."),
-        (offline, "offline", f"The Hub cannot be reached ({name}). Check the network and pull again."),
+
+def bytes_in(states: bytearray, size: int) -> int:
+    """How many bytes of a file of this size its complete segments have."""
+    return sum(min(SEGMENT_BYTES, size - at * SEGMENT_BYTES) for at, state in enumerate(states) if state)
+
+
+def new_hash(file: RemoteFile) -> Any:
+    """The hash whose end is a file's digest: sha256, or sha1 as git makes it of a small file."""
+    return sha256() if len(file.digest) == 64 else sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+
+
+def file_matches(path: Path, file: RemoteFile) -> bool:
+    """Whether a file has the size and the digest that the Hub announces. Blocking."""
+    digest = new_hash(file)
+    with path.open("rb") as data:
+        for block in iter(lambda: data.read(MEBIBYTE), b""):
+            digest.update(block)
+    return path.stat().st_size == file.size and bool(digest.hexdigest() == file.digest)
+
+
+class Partial:
+    """A file on its way into the cache: its bytes, a state for each segment, and when the machine was started.
+
+    A segment is missing (0), written (1: the system has it, a killed process loses nothing) or synced (2: the disk has
+    it); after the machine was started anew only synced ones count.
+    """
+
+    def __init__(self, blobs: Path, file: RemoteFile) -> None:
+        self.file, self.blob = file, blobs / file.digest
+        self.path = blobs / (file.digest + PARTIAL_SUFFIX)
+        self.states = partial_states(self.path, file.size)
+        self.bytes_done, self.etag = bytes_in(self.states, file.size), ""
+        self.location = ""  # where the Hub has sent us for it
+        self.whole = threading.Lock()  # held by who reads all of it, when the server knows no ranges
+        self.closed = self.published = False
+        self._data: FileIO | None = None
+        self._changed = threading.Condition()
+
+    def bounds(self, segment: int) -> tuple[int, int]:
+        """Where a segment begins and ends, in bytes."""
+        return segment * SEGMENT_BYTES, min(self.file.size, (segment + 1) * SEGMENT_BYTES)
+
+    def open(self) -> Iterator[int]:
+        """Open it, and go through the segments that are missing. Raises OSError."""
+        self.path.touch()
+        self._data = FileIO(self.path, "r+")
+        self.write(self.file.size, bytes(self.states) + _boot_mark())
+        self._data.truncate()
+        return (segment for segment in range(len(self.states)) if not self.states[segment])
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write bytes at a place. Raises OSError, and ValueError once it is closed."""
+        with self._changed:
+            assert self._data is not None
+            self._data.seek(offset)
+            view = memoryview(data)
+            while view:
+                view = view[self._data.write(view) :]
+
+    def mark(self, segment: int, state: int) -> None:
+        """Say that a segment is written or synced. Raises as `write` does."""
+        with self._changed:
+            self.write(self.file.size + segment, bytes([state]))
+            self.states[segment] = state
+            self._changed.notify_all()
+
+    def sync(self) -> None:
+        """Bring what is written to the disk, and only then say that it is there."""
+        with suppress(ValueError):  # it was published meanwhile, synced as a whole
+            if self._data is not None and (written := [at for at, state in enumerate(self.states) if state == 1]):
+                os.fsync(self._data.fileno())
+                for segment in written:
+                    self.mark(segment, 2)
+
+    def matches(self) -> bool | None:
+        """Hash the file close behind those who fill it; None when it was closed before the end."""
+        digest = new_hash(self.file)
+        for segment in range(len(self.states)):
+            with self._changed:
+                self._changed.wait_for(functools.partial(self._is_settled, segment))
+            if self.closed:
+                return None
+            begin, end = self.bounds(segment)
+            with self.path.open("rb") as data:
+                data.seek(begin)
+                digest.update(data.read(end - begin))
+        return bool(digest.hexdigest() == self.file.digest)
+
+    def _is_settled(self, segment: int) -> bool:
+        return self.closed or bool(self.states[segment])
+
+    def publish(self) -> None:
+        """Give it the name under which everybody finds it, with its last byte on the disk. Raises OSError."""
+        with self._changed:
+            if self._data is None:  # no byte of it was missing
+                self.open()
+            assert self._data is not None
+            self._data.truncate(self.file.size)
+            os.fsync(self._data.fileno())
+            self._data.close()
+        self.path.replace(self.blob)
+        self.published = True
+
+    def close(self) -> None:
+        """Let go of the file, and of who waits for its segments."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+            if self._data is not None:
+                self._data.close()
+
+
+class BeginAnew(Exception):
+    """A file changed on the Hub while it was fetched: what is here of it is worth nothing."""
+
+    def __init__(self, partial: Partial, problem: ServerError) -> None:
+        super().__init__(str(problem))
+        self.partial, self.problem = partial, problem
+
+
+def origin_of(url: str) -> tuple[str, str | None, int | None]:
+    """Scheme, host and port of an address; the token goes to no other. Raises ValueError."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def redirected(url: str, location: str) -> str:
+    """Where a redirect leads: to http or https, and never from https down to http. Raises BadRedirect."""
+    scheme, host, target = "", None, ""
+    with suppress(ValueError):
+        target = urljoin(url, location)
+        scheme, host, _ = origin_of(target)
+    if scheme not in ("http", "https") or not host or (scheme == "http" and url.startswith("https:")):
+        raise BadRedirect("The Hub redirects to an address that is not safe to follow. Check HF_ENDPOINT.")
+    return target
+
+
+class Download:
+    """One order of a pull worker: files of a commit, in segments, by several connections, hashed on their way."""
+
+    def __init__(self, fetch: Fetch, send: Callable[[Report], None]) -> None:
+        self._fetch, self._send, self.limit = fetch, send, fetch.bandwidth
+        self._folder = Path(fetch.folder)
+        proxy = urllib.request.getproxies().get(urlsplit(fetch.endpoint).scheme)
+        manager = functools.partial(urllib3.ProxyManager, proxy) if proxy else urllib3.PoolManager
+        timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=PULL_STALL_SECONDS)
+        self._pool = manager(maxsize=CONNECTIONS, timeout=timeout, retries=False)
+        self._partials: list[Partial] = []
+        self._work: Iterator[tuple[Partial, int]] = iter(())
+        self._lock, self._stopped = threading.Lock(), threading.Event()
+        self._ready, self._free_at, self._sent = 0, 0.0, 0.0  # bytes that were here; when to go on; the last report
+        self._now = Progress(0, sum(file.size for file in fetch.files), "")
+
+    def obey(self, commands: "queue.SimpleQueue[Command]") -> None:
+        """Take other limits while it runs."""
+        while isinstance(command := commands.get(), Limit):
+            self.limit = command.bandwidth
+
+    def run(self) -> list[str]:
+        """Bring what is missing; the names of files that were here and wrong. Raises a ServerError, OSError."""
+        blobs, locks = self._folder / "blobs", self._folder.parent / ".locks" / self._folder.name
+        for folder in (blobs, locks):
+            folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / "ai-server.lock"):  # two workers in one repository would write the same files
+            wrong = self._sort_out(blobs)
+            self._bring()
+            for file in self._fetch.files:
+                self._show(file)
+        if self._fetch.reference:
+            write_atomically(self._folder / "refs" / self._fetch.reference, self._fetch.revision.encode())
+        return wrong
+
+    def _sort_out(self, blobs: Path) -> list[str]:
+        """Find out which files are missing; a wrong one is taken away, and its name returned."""
+        wrong, missing = list[str](), dict[str, RemoteFile]()
+        for file in self._fetch.files:
+            path = file_here(self._folder, self._fetch.revision, file)
+            self._report(file.name)
+            right = path is not None and path.stat().st_size == file.size
+            if right and self._fetch.check_all and path is not None:
+                right = file_matches(path, file)
+            if path is not None and not right:
+                wrong.append(file.name)
+                path.resolve().unlink()
+            if right:
+                self._ready += file.size
+            else:
+                missing[file.digest] = file
+        self._partials = [Partial(blobs, file) for file in missing.values()]
+        return wrong
+
+    def _bring(self) -> None:
+        """Fetch in rounds: a file that changed on its way, or arrived as another, begins anew. Raises a ServerError."""
+        problem = self._round()
+        for _ in range(1, PULL_ROUNDS):
+            if problem is not None:
+                log.warning("Again: %s", problem)
+                problem = self._round()
+        if problem is not None:
+            raise problem
+
+    def _round(self) -> ServerError | None:
+        """Fetch everything that is left and check it; what was wrong is thrown away, and why is returned."""
+        self._partials = [one if one.published else Partial(one.blob.parent, one.file) for one in self._partials]
+        left = [one for one in self._partials if not one.published]
+        self._stopped.clear()
+        incomplete = (partial for partial in left if not all(partial.states))  # others are opened when published
+        self._work = ((partial, segment) for partial in incomplete for segment in partial.open())
+        with ThreadPoolExecutor(1) as checker, ThreadPoolExecutor(CONNECTIONS + 1) as others, ExitStack() as at_end:
+            for partial in left:
+                at_end.callback(partial.close)
+            at_end.callback(self._stopped.set)
+            checks = [checker.submit(self._check, partial) for partial in left]
+            others.submit(self._keep_synced, left)
+            try:
+                for line in as_completed([others.submit(self._drain) for _ in range(CONNECTIONS)]):
+                    line.result()
+                wrong = [partial for partial, check in zip(left, checks, strict=True) if not check.result()]
+                names = ", ".join(partial.file.name for partial in wrong)
+                problem: ServerError = ChecksumMismatch(f"{names} arrived with other bytes than announced. Pull again.")
+            except BeginAnew as change:
+                wrong, problem = [change.partial], change.problem
+            except (OSError, DiskFull) as error:
+                if isinstance(pull_problem(error), DiskFull):
+                    at_end.callback(_throw_away, left)
+                raise
+        _throw_away(wrong)
+        return problem if wrong else None
+
+    def _check(self, partial: Partial) -> bool:
+        """Publish a file if it is what the Hub announces."""
+        matches = partial.matches()
+        if matches:
+            partial.publish()
+        return bool(matches)
+
+    def _keep_synced(self, partials: list[Partial]) -> None:
+        """Sync what is written every second, so that a power cut costs no more than that."""
+        while not self._stopped.wait(SYNC_SECONDS):
+            for partial in partials:
+                partial.sync()
+
+    def _next(self) -> tuple[Partial, int] | None:
+        with self._lock:
+            return None if self._stopped.is_set() else next(self._work, None)
+
+    def _drain(self) -> None:
+        """One connection: bring segment after segment until none is left, or somebody has failed."""
+        try:
+            while (item := self._next()) is not None:
+                self._bring_segment(*item)
+        except BaseException:
+            self._stopped.set()
+            raise
+
+    def _bring_segment(self, partial: Partial, segment: int) -> None:
+        """Bring one segment, as often as it takes while anything arrives. Raises a ServerError, BeginAnew, OSError."""
+        if shutil.disk_usage(partial.path.parent).free < DISK_RESERVE:
+            raise DiskFull("The disk became full during the download: free some space and pull again.")
+        (at, end), failures = partial.bounds(segment), 0
+        while not (at >= end or partial.states[segment] or self._stopped.is_set()):
+            try:
+                for data in self._receive(partial, at, end):
+                    partial.write(at, data)
+                    at, failures = at + len(data), 0
+                    self._count(partial, len(data))
+                if at < end and not partial.states[segment]:
+                    raise HubUnreachable(f"{partial.file.name} ended before its end. Check the network and pull again.")
+            except (ServerError, urllib3.exceptions.HTTPError) as error:
+                failures += 1
+                partial.location = ""  # the address of a file is signed, and no longer good after some time
+                self._wait_after(failures, pull_problem(error))
+        if at >= end:
+            partial.mark(segment, 1)
+
+    def _receive(self, partial: Partial, at: int, end: int) -> Iterator[bytes]:
+        """Ask for these bytes; what arrives, at most so many. Raises ServerError, BeginAnew, urllib3's errors."""
+        response = self._ask(partial, at, end)
+        size = min(CHUNK_BYTES, max(1024, self.limit // 4)) if self.limit else CHUNK_BYTES
+        with closing(response):
+            if response.status == 200 and end - at < partial.file.size:
+                self._take_whole(partial, response)
+                return
+            while at < end and not self._stopped.is_set():
+                if not (data := response.read1(min(size, end - at), decode_content=False)):
+                    return
+                at += len(data)
+                yield data
+
+    def _take_whole(self, partial: Partial, response: urllib3.BaseHTTPResponse) -> None:
+        """A server without ranges sends a file from its start: one connection takes all of it, the others wait."""
+        alone = partial.whole.acquire(blocking=False)
+        with ExitStack() as held:
+            if not alone:
+                response.close()
+                held.enter_context(partial.whole)
+                return
+            held.callback(partial.whole.release)
+            for segment in range(len(partial.states)):
+                begin, end = partial.bounds(segment)
+                data = response.read(end - begin, decode_content=False)
+                if len(data) < end - begin or self._stopped.is_set():
+                    return
+                if not partial.states[segment]:
+                    partial.write(begin, data)
+                    self._count(partial, len(data))
+                    partial.mark(segment, 1)
+
+    def _ask(self, partial: Partial, at: int, end: int) -> urllib3.BaseHTTPResponse:
+        """Send a request for these bytes, follow redirects, judge the answer. Raises ServerError, BeginAnew."""
+        fetch, url = self._fetch, partial.location
+        url = url or f"{fetch.endpoint}/{fetch.repo}/resolve/{fetch.revision}/{quote(partial.file.name)}"
+        headers = {"Range": f"bytes={at}-{end - 1}", "Accept-Encoding": "identity", "User-Agent": USER_AGENT}
+        for _ in range(MAX_REDIRECTS):
+            own = bool(fetch.token) and origin_of(url) == origin_of(fetch.endpoint)
+            token = {"Authorization": f"Bearer {fetch.token}"} if own else {}
+            options: Json = {"redirect": False, "preload_content": False, "decode_content": False}
+            response = self._pool.request("GET", url, headers=headers | token, **options)
+            if response.status not in REDIRECTS:
+                break
+            response.drain_conn()
+            url = partial.location = redirected(url, response.headers.get("Location", ""))
+        else:
+            raise BadRedirect("The Hub redirects in a circle. Check HF_ENDPOINT, or pull again later.")
+        try:
+            self._judge(partial, response, at, end, from_hub=origin_of(url) == origin_of(fetch.endpoint))
+        except (ServerError, BeginAnew):
+            response.close()
+            raise
+        return response
+
+    def _judge(self, partial: Partial, response: urllib3.BaseHTTPResponse, at: int, end: int, from_hub: bool) -> None:
+        """Raises what speaks against an answer: its status, another length or file than announced, a compression."""
+        name, size, headers, status = partial.file.name, partial.file.size, response.headers, response.status
+        if status == 416:
+            raise BeginAnew(partial, SizeMismatch(f"{name} is shorter than the Hub announces. Pull again later."))
+        if status not in (200, 206):
+            wait = urllib3.Retry().get_retry_after(response)
+            raise hub_refusal(status if from_hub or status in (429, *range(500, 600)) else 502, wait)
+        etag = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
+        if partial.etag and etag != partial.etag:
+            raise BeginAnew(partial, ChecksumMismatch(f"{name} changed while it was fetched. Pull again."))
+        partial.etag = etag
+        whole = status == 200
+        told = headers.get("Content-Range"), headers.get("Content-Encoding", "identity")
+        expected = None if whole else f"bytes {at}-{end - 1}/{size}", "identity"
+        length = size if whole else end - at
+        if told != expected or headers.get("Content-Length", str(length)) != str(length):
+            raise SizeMismatch(f"{name} does not come in the length that the Hub announces. Pull again later.")
+
+    def _wait_after(self, failures: int, problem: ServerError) -> None:
+        """Wait before the next try, as long as the Hub says or longer each time. Raises the problem after the last."""
+        delay = retry_delay(failures, problem)
+        self._now = msgspec.structs.replace(self._now, attempts=self._now.attempts + 1, waiting_for=str(problem))
+        self._report(self._now.file, at_once=True)
+        self._stopped.wait(delay)
+
+    def _count(self, partial: Partial, size: int) -> None:
+        """Count bytes that have arrived, report, and keep to the limit of the bandwidth."""
+        with self._lock:
+            partial.bytes_done += size
+            now = time.monotonic()
+            self._free_at = max(now, self._free_at) + (size / self.limit if self.limit else 0)
+            delay = self._free_at - now
+            self._report(partial.file.name)
+        if delay > 0:
+            self._stopped.wait(delay)
+
+    def _report(self, name: str, at_once: bool = False) -> None:
+        """Tell the server how far this is, at most every PROGRESS_SECONDS."""
+        if at_once or time.monotonic() - self._sent > PROGRESS_SECONDS:
+            self._sent = time.monotonic()
+            done = self._ready + sum(partial.bytes_done for partial in self._partials)
+            self._now = msgspec.structs.replace(self._now, bytes_done=min(done, self._now.size_bytes), file=name)
+            self._send(self._now)
+
+    def _show(self, file: RemoteFile) -> None:
+        """Let a file appear in the snapshot, as the Hub's own client does: a link to its blob. Raises OSError."""
+        blob, pointer = (
+            self._folder / "blobs" / file.digest,
+            self._folder / "snapshots" / self._fetch.revision / file.name,
+        )
+        if pointer.exists():
+            return
+        pointer.parent.mkdir(parents=True, exist_ok=True)
+        pointer.unlink(missing_ok=True)  # it points to what was taken away
+        try:
+            pointer.symlink_to(os.path.relpath(blob, pointer.parent))
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                raise
+            pointer.hardlink_to(blob)  # Windows allows symbolic links to few
+
+
+def _throw_away(partials: list[Partial]) -> None:
+    for partial in partials:
+        if not partial.published:
+            partial.path.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file so that nobody ever reads half of it. Raises OSError. Blocking."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def file_here(folder: Path, revision: str, file: RemoteFile) -> Path | None:
+    """Where a file of a commit is in a repository's folder of the cache, whatever is in it. Blocking."""
+    places = folder / "snapshots" / revision / file.name, folder / "blobs" / file.digest
+    return next((path for path in places if path.exists()), None)
+
+
+def hub_refusal(status: int, retry_after: float | None = None) -> ServerError:
+    """What an answer of the Hub's that is none means, and what to do."""
+    kinds = {401: HubUnauthorized, 403: GatedModel, 404: NotFound, 429: RateLimited}
+    texts = {
+        401: "The Hub asks who you are: the model is private or does not exist. Check the name, or set HF_TOKEN anew.",
+        403: "The Hub asks for this model's licence: accept it on the model's page, then set HF_TOKEN.",
+        404: "The Hub has no such model, or it is private: check the name, or set HF_TOKEN.",
+        429: "The Hub answers to fewer requests than these (429). Pull again later.",
+    }
+    refused = HubRefused if 400 <= status < 500 else HubFailed
+    error = kinds.get(status, refused)(texts.get(status, f"The Hub answered with status {status}. Pull again later."))
+    error.retry_after = retry_after
+    return error
+
+
+def pull_problem(error: BaseException) -> ServerError:
+    """What a download failed with, and what to do; no text has the token in it."""
+    name = type(error).__name__
+    number = error.errno if isinstance(error, OSError) else None
+    tls = isinstance(error, urllib3.exceptions.SSLError)
+    stalled = isinstance(error, urllib3.exceptions.ReadTimeoutError)
+    offline = isinstance(error, urllib3.exceptions.HTTPError)
+    causes: tuple[tuple[bool, type[ServerError], str], ...] = (  # the first that applies
+        (tls, TLSFailed, "The Hub's certificate cannot be verified: check the clock, HF_ENDPOINT and SSL_CERT_FILE."),
+        (stalled, Stalled, f"The Hub sent nothing for {PULL_STALL_SECONDS:g} s. Check the network and pull again."),
+        (offline, HubUnreachable, f"The Hub cannot be reached ({name}). Check the network and pull again."),
+        (number in NO_ROOM, DiskFull, "The disk became full during the download: free some space and pull again."),
+        (number in NO_WRITE, ReadOnly, "The Hub's cache cannot be written: check the rights of HF_HOME."),
+        (True, ServerError, f"The download failed: {name}: {error}"),
     )
-    found = ((kind, text) for applies, kind, text in causes if applies)
-    return next(found, (ServerError.kind, f"The download failed: {name}: {error}"))
+    if isinstance(error, ServerError):
+        return error
+    return next(kind(text) for applies, kind, text in causes if applies)
 
 
 # -- aliases, uploaded files, and what Ollama's lists show ----------------------
@@ -6004,8 +6854,8 @@ async def remember_alias(meta: ModelMeta, raw: str, **ways: Any) -> None:
         await asyncio.to_thread(fingerprint, alias)
         await _remember_model(alias)
         _outdate_engine(name)
-        if old is not None and await asyncio.to_thread(_remove_files, old, list(model_meta.values())):
-            await _run_worker(Remove(old.revision))
+        if old is not None:
+            await asyncio.to_thread(_remove_files, old, list(model_meta.values()))
 
 
 def blob_path(digest: str) -> Path:
@@ -6017,7 +6867,7 @@ def blob_path(digest: str) -> Path:
 
 def _write_with_reserve(file: BinaryIO, chunk: bytes) -> None:
     """Write on, as long as the disk keeps what the state and everybody else need. Raises OSError."""
-    if shutil.disk_usage(STATE_DIR).free < DISK_RESERVE_BYTES + len(chunk):
+    if shutil.disk_usage(STATE_DIR).free < DISK_RESERVE + len(chunk):
         raise OSError(errno.ENOSPC, "the disk is nearly full")
     file.write(chunk)
 
@@ -6064,7 +6914,7 @@ def uploaded_model(files: Mapping[str, str], name: str) -> ModelMeta:
 async def start_pull(body: PullBody) -> Job:
     """The job of a pull; where nothing has the name it is one that has failed, which is no job of the server's."""
     try:
-        return (await create_job(body))[0]
+        return (await request_pull(body))[0]
     except NotFound as error:
         return Job("", body.model, status="failed", error=str(error), error_kind=error.kind)
 
@@ -6137,6 +6987,8 @@ def cheap_refusal(meta: ModelMeta, backend: str, quantization: str) -> str:
     """Why a rung cannot serve a model, as far as that is known without starting it; else an empty text."""
     if reason := engine_unavailable(backend):
         return reason
+    if backend != "transformers" and meta.format == "pickle":
+        return "pickled weights are opened by transformers only, with weights_only"
     if backend == "vllm" and meta.custom_code and not meta.trust_remote_code:
         return "the model needs custom code from its repository, which was not granted at /pull"
     if backend != "vllm" and quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
@@ -6202,7 +7054,7 @@ def _engine_spec(meta: ModelMeta, backend: str, quantization: str) -> EngineSpec
         chat_template=meta.template or (None if meta.has_chat_template else PLAIN_CHAT_TEMPLATE),
         threads=compute_threads(backend), parallel=MAX_PARALLEL, kv_cache_bytes=cache, memory_share=share,
         tensor_parallel=tensor_parallel, pipeline_parallel=PIPELINE_PARALLEL_SIZE, executor=DISTRIBUTED_EXECUTOR,
-        adapter_rank=adapter_rank(meta), overrides=meta.vllm, purpose=purpose_of(meta),
+        adapter_rank=adapter_rank(meta), overrides=meta.vllm, purpose=purpose_of(meta), pickled=meta.format == "pickle",
     )  # fmt: skip
 
 
@@ -6926,7 +7778,7 @@ async def pull(request: Request) -> Response:
     """Fetch a model in the background: 202 with a new job, 200 with the open job that does the same."""
     body = validated(PullBody, await read_json(request))
     headers = ignored_header(tuple(body.model_extra or {}))
-    job, new = await create_job(body)
+    job, new = await request_pull(body)
     return JSONReply(msgspec.to_builtins(job), 202 if new else 200, {"Location": f"/jobs/{job.id}", **headers})
 
 
@@ -6946,6 +7798,31 @@ async def get_job(job_id: str) -> Json:
 async def delete_job(job_id: str) -> Json:
     """Cancel a job; one that is finished stays as it is."""
     return cast(Json, msgspec.to_builtins(await cancel_job(job_id)))
+
+
+@app.post("/jobs/{job_id}/pause")
+async def pause_endpoint(job_id: str) -> Json:
+    """Stop a job's download for now; it keeps what it has, also over a restart of the server."""
+    return cast(Json, msgspec.to_builtins(await pause_job(job_id)))
+
+
+@app.post("/jobs/{job_id}/resume")
+async def resume_endpoint(job_id: str) -> Json:
+    """Let a paused job go on."""
+    return cast(Json, msgspec.to_builtins(await resume_job(job_id)))
+
+
+@app.get("/partials")
+async def get_partials() -> Json:
+    """Downloads that were begun and not ended, and the open jobs that will end them."""
+    found = await asyncio.to_thread(list_partials)
+    return {"partials": found, "bytes": sum(row["bytes"] for row in found)}
+
+
+@app.delete("/partials")
+async def delete_partials() -> Json:
+    """Delete what no open job will complete."""
+    return await asyncio.to_thread(clean_partials)
 
 
 @app.get("/jobs/{job_id}/events")
@@ -6972,6 +7849,19 @@ async def unload_endpoint(name: str) -> Json:
     """Take a model out of memory; fine if it is not there."""
     await unload_model(name)
     return describe(find_model(name))
+
+
+@app.post("/models/{name:path}/verify", status_code=202)
+async def verify_endpoint(name: str) -> Json:
+    """Hash every file of a model again, and fetch anew what is wrong: 202 with the job that does it."""
+    return cast(Json, msgspec.to_builtins(await verify_model(name)))
+
+
+@app.post("/models/{name:path}/pin", openapi_extra=_body_schema(PinBody))
+async def pin_endpoint(name: str, request: Request) -> Json:
+    """Keep a model on the disk when a pull makes room, or (`pinned: false`) no longer."""
+    body = validated(PinBody, await read_json(request))
+    return describe(await pin_model(name, body.pinned))
 
 
 @app.post("/models/{name:path}/sleep")

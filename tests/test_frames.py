@@ -50,9 +50,8 @@ COMMANDS: list[app.Command] = [
     app.Generate(3, app.ChatRequest("m", (), app.Sampling(logit_bias={15: -1.5}, choice=("a", "b"), format={"a": 1}))),
     app.Abort(7),
     app.Order("sleep", "vllm"),
-    app.Fetch("org/repo", "main", "Q4_K_M", True),
-    app.Fetch("org/repo"),
-    app.Remove("abc"),
+    app.Fetch("org/repo", "f" * 40, [app.RemoteFile("a.json", 2, "0" * 40)], "folder", "https://hub", "token"),
+    app.Limit(1000),
 ]
 REPORTS: list[app.Report] = [
     app.Loaded(app.EngineInfo("none", 8192, ("seed",), 10**12, "float32", "cuda:0")),
@@ -74,7 +73,7 @@ REPORTS: list[app.Report] = [
     app.Events([]),
     app.Failed(1, "bad_request", "why"),
     app.Progress(1, 2**50, "model.safetensors"),
-    app.Fetched("/path", "abc"),
+    app.Fetched(["model.safetensors"]),
 ]
 
 
