@@ -10,12 +10,18 @@ Ask it:    curl -N localhost:8005/chat -d '{"model":"smollm2:135m","messages":[{
 | GET /jobs | all jobs, newest first |
 | GET /jobs/{job_id} | one job |
 | DELETE /jobs/{job_id} | cancel a job |
+| POST /jobs/{job_id}/pause | stop a job for now |
+| POST /jobs/{job_id}/resume | let it go on |
 | GET /jobs/{job_id}/events | a job's progress as server-sent events |
+| GET /partials | downloads that are not complete |
+| DELETE /partials | remove those that nobody goes on with |
 | GET /models | models on disk and in memory, and why each engine was taken or refused |
 | GET /models/{name} | one model |
 | DELETE /models/{name} | remove a model from disk |
 | POST /models/{name}/load | load a model now |
 | POST /models/{name}/unload | take a model out of memory |
+| POST /models/{name}/verify | hash its files again, fetch anew what is wrong; 202 with the job |
+| POST /models/{name}/pin | keep it when a pull makes room, or no longer |
 | POST /models/{name}/sleep | take a model off the device, its weights stay in host memory |
 | GET /diag | versions, devices, engines, settings |
 | GET /health/live | the process answers |
@@ -548,12 +554,8 @@ BadRequest = _error("BadRequest", "bad_request", 400)  # the request itself is w
 InvalidModelName = _error("InvalidModelName", "invalid_model", base=BadRequest)  # not in the Hub's grammar nor Ollama's
 ContextLengthExceeded = _error("ContextLengthExceeded", "context_length_exceeded", base=BadRequest)  # with both numbers
 UnsafeFormat = _error("UnsafeFormat", "unsafe_format", base=BadRequest)  # no weights in a format that is safe to open
-UnsupportedFormat = _error(
-    "UnsupportedFormat", "unsupported_format", base=BadRequest
-)  # no weights in any format we know
-UnsafeFilename = _error(
-    "UnsafeFilename", "unsafe_filename", base=BadRequest
-)  # a repository's file would leave its folder
+UnsupportedFormat = _error("UnsupportedFormat", "unsupported_format", base=BadRequest)  # no weights that we know
+UnsafeFilename = _error("UnsafeFilename", "unsafe_filename", base=BadRequest)  # a file would leave its folder
 TooManyFiles = _error("TooManyFiles", "too_many_files", base=BadRequest)  # no repository of a model has so many
 RemoteCodeNotGranted = _error("RemoteCodeNotGranted", "remote_code_disabled", 403)  # nobody granted it at /pull
 GatedModel = _error("GatedModel", "gated", 403)  # the Hub wants a licence accepted, or a token with the right to read
@@ -600,6 +602,12 @@ RETRIED = {error.kind for error in (HubUnreachable, HubFailed, RateLimited, Stal
 def error_of(kind: str, message: str) -> ServerError:
     """Make the error that a child process reported."""
     return ERRORS_BY_KIND.get(kind, EngineFailed)(message)
+
+
+def readable_bytes(size: float) -> str:
+    """A number of bytes for people, as disks are sold: 1.2 GB."""
+    power = min(4, max(0, (len(str(int(abs(size)))) - 1) // 3))
+    return f"{size / 1000**power:.{1 if power else 0}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def iso_time(moment: datetime) -> str:
@@ -5798,10 +5806,9 @@ async def make_sure_of_room(needed: int, folder: Path, wish: Job) -> None:
             break
         log.info("Deleting %s (last used %s) to make room for %s", victim.name, victim.last_used_at, wish.model)
         await delete_model(victim.name)
-    what = (
-        f"{needed} bytes of {max(0, free)} on the disk" if needed > free else f"{needed} bytes of {left} in DISK_QUOTA"
-    )
-    raise DiskFull(f'{wish.model} needs {what}: delete a model, or pull with {{"make_room": true}}, which does that.')
+    room, place = (free, "on the disk") if needed > free else (left, "of DISK_QUOTA")
+    what = f"{wish.model} needs {readable_bytes(needed)}, and there are {readable_bytes(max(0, room))} {place}"
+    raise DiskFull(f'{what}: free some space, or pull with {{"make_room": true}}, which deletes unused models.')
 
 
 def removable_models() -> list[ModelMeta]:
@@ -6000,7 +6007,15 @@ async def _described(job: Job, source: ModelSource, path: Path, revision: str) -
     meta.pinned = job.pin or (old is not None and old.pinned)
     same = old is not None and _load_facts(old) == _load_facts(meta) and not job.repaired
     if old is not None and same:  # what its loads showed is still true
-        for name in ("ladder", "last_backend", "load_seconds", "load_phases", "memory_bytes", "last_reclaim"):
+        for name in (
+            "ladder",
+            "last_backend",
+            "load_seconds",
+            "load_phases",
+            "memory_bytes",
+            "last_reclaim",
+            "last_used_at",
+        ):
             setattr(meta, name, getattr(old, name))
     await _remember_model(meta)
     if not same:
@@ -6494,7 +6509,9 @@ class Download:
             folder.mkdir(parents=True, exist_ok=True)
         with FileLock(locks / "ai-server.lock"):  # two workers in one repository would write the same files
             wrong = self._sort_out(blobs)
+            self._report(self._fetch.files[0].name, at_once=True)
             self._bring()
+            self._report(self._fetch.files[-1].name, at_once=True)
             for file in self._fetch.files:
                 self._show(file)
         if self._fetch.reference:
@@ -6537,7 +6554,7 @@ class Download:
         self._stopped.clear()
         incomplete = (partial for partial in left if not all(partial.states))  # others are opened when published
         self._work = ((partial, segment) for partial in incomplete for segment in partial.open())
-        with ThreadPoolExecutor(1) as checker, ThreadPoolExecutor(CONNECTIONS + 1) as others, ExitStack() as at_end:
+        with ThreadPoolExecutor(2) as checker, ThreadPoolExecutor(CONNECTIONS + 1) as others, ExitStack() as at_end:
             for partial in left:
                 at_end.callback(partial.close)
             at_end.callback(self._stopped.set)
@@ -7313,6 +7330,8 @@ async def _drop_engine(engine: EngineProcess) -> None:
     if model_cache.get(engine.spec.model) is engine:
         del model_cache[engine.spec.model]
     _keep_reclaimed(engine, "Unloaded", await engine.stop())
+    if (meta := model_meta.get(engine.spec.model)) is not None:
+        await _save_figures(meta)
 
 
 def _keep_reclaimed(engine: EngineProcess, what: str, reclaimed: Reclaimed) -> None:
@@ -7399,6 +7418,7 @@ async def _pinned(meta: ModelMeta, keep_alive: float | None) -> EngineProcess:
             await _wait_for_place(f"Model {meta.name} was pulled again, and its old engine is still answering.")
         else:
             model_cache.move_to_end(meta.name)
+            meta.last_used_at = now_iso()  # on the disk at the next load or unload
             engine.pin(keep_alive)
             return engine
 

@@ -406,7 +406,7 @@ SPLIT = tuple(f"BF16/m-BF16-0000{part}-of-00003.gguf" for part in (1, 2, 3))
         (("Q4_K_M/m.gguf", "Q8_0/m.gguf"), "Q8_0", ("Q8_0/m.gguf",)),
         ((*SPLIT, *GGUFS), "BF16", SPLIT),
         ((*reversed(SPLIT), "m-Q4_K_M.gguf"), "BF16", SPLIT),
-        (("m-Q4_K_M.gguf", "mmproj-Q4_K_M.gguf"), "Q4_K_M", ("m-Q4_K_M.gguf",)),
+        (("m-Q4_K_M.gguf", "mmproj-Q4_K_M.gguf"), "Q4_K_M", ("m-Q4_K_M.gguf", "mmproj-Q4_K_M.gguf")),
         (("m-Q4_K_M.gguf", "model.safetensors"), "Q4_K_M", ("m-Q4_K_M.gguf",)),
         (("a-Q8_0.gguf", "b-Q8_0.gguf"), "Q8_0", ("a-Q8_0.gguf",)),
         (("m-Q4_0.gguf", "m-Q4_0_4_4.gguf"), "Q4_0", ("m-Q4_0.gguf",)),
@@ -457,10 +457,12 @@ def test_no_such_gguf(names: tuple[str, ...], tag: str) -> None:
 )
 def test_nothing_safe_to_open(names: tuple[str, ...]) -> None:
     """Pickle only, or no weights at all."""
-    with pytest.raises(app.UnsafeFormat) as raised:
+    with pytest.raises((app.UnsafeFormat, app.UnsupportedFormat)) as raised:
         app.choose_files(files(*names), None, True)
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     assert ("can run code" in str(raised.value)) is bool(pickles)
+    assert isinstance(raised.value, app.UnsafeFormat) is bool(pickles)
+    assert ("allow_pickle" in str(raised.value)) is ("pytorch_model.bin" in names)
 
 
 # -- what a snapshot says -----------------------------------------------------

@@ -422,7 +422,7 @@ def test_gate_opens_after_an_error() -> None:
     ],
 )  # fmt: skip
 def test_engine_gets_no_secret(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine may run foreign code: no token, no key, no password is in its environment."""
+    """An engine may run foreign code, a pull worker has its token from its order: no secret is in an environment."""
     monkeypatch.setattr(app, "INHERITED_ENVIRONMENT", {name: "secret", "PATH": "/bin", "KEEP_ALIVE": "5m"})
     child = app._child_environment(3)
     assert name not in child
@@ -436,20 +436,6 @@ def test_engine_gets_no_hub() -> None:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_IMPLICIT_TOKEN"):
         assert child[name] == "1"
     assert (child["OMP_NUM_THREADS"], child["MKL_NUM_THREADS"]) == ("3", "3")
-
-
-def test_pull_worker_gets_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It downloads, and runs no model's code."""
-    monkeypatch.setattr(app, "INHERITED_ENVIRONMENT", {"HF_TOKEN": "secret"})
-    child = app._child_environment(secrets_allowed=True)
-    assert child["HF_TOKEN"] == "secret"
-    assert "HF_HUB_OFFLINE" not in child
-
-
-def test_pull_worker_gets_no_other_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server's own keys are of no use to it."""
-    monkeypatch.setattr(app, "INHERITED_ENVIRONMENT", {"HF_TOKEN": "secret", "API_KEYS": "k", "ADMIN_KEYS": "k"})
-    assert {"API_KEYS", "ADMIN_KEYS"}.isdisjoint(app._child_environment(secrets_allowed=True))
 
 
 async def next_report(child: app.ChildProcess) -> app.Report:

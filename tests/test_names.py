@@ -49,7 +49,7 @@ def fresh_catalogue(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
         ("gpt2", "gpt2", "gpt2", None, None),
         ("org/repo", "org/repo", "org/repo", None, None),
         ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", None, None),
-        ("org/repo@main", "org/repo@main", "org/repo", "main", None),
+        ("org/repo@main", "org/repo", "org/repo", None, None),
         ("org/repo@refs/pr/1", "org/repo@refs/pr/1", "org/repo", "refs/pr/1", None),
         ("gpt2@" + "0a" * 20, None, "gpt2", "0a" * 20, None),
         ("org/repo:Q4_K_M", "org/repo:Q4_K_M", "org/repo", None, "Q4_K_M"),
@@ -57,7 +57,7 @@ def fresh_catalogue(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
         ("hf.co/org/repo:Q4_K_M", "org/repo:Q4_K_M", "org/repo", None, "Q4_K_M"),
         ("huggingface.co/org/repo", "org/repo", "org/repo", None, None),
         ("https://huggingface.co/org/repo", "org/repo", "org/repo", None, None),
-        ("https://hf.co/org/repo@main", "org/repo@main", "org/repo", "main", None),
+        ("https://hf.co/org/repo@main", "org/repo", "org/repo", None, None),
         ("hf.co/gpt2", "gpt2", "gpt2", None, None),
         ("org/repo:latest", "org/repo", "org/repo", None, None),
         ("org/repo:latest@v2", "org/repo@v2", "org/repo", "v2", None),
@@ -392,7 +392,7 @@ def test_an_adapter_whose_base_is_not_on_disk(with_adapters: dict[str, app.Model
 
 
 @pytest.mark.usefixtures("on_disk")
-@pytest.mark.parametrize("raw", ["gpt2", "org/repo@main", "org/repo:Q8_0", "org/other", "gemma3:270m"])
+@pytest.mark.parametrize("raw", ["gpt2", "org/repo@v2", "org/repo:Q8_0", "org/other", "gemma3:270m"])
 def test_find_missing_model(raw: str) -> None:
     """404 with the name as it was typed, and what to do; another revision or file is another model."""
     with pytest.raises(app.NotFound, match=r"not found.*Use /pull to download") as raised:

@@ -334,7 +334,7 @@ def test_a_job_cut_short_by_a_full_disk_runs_again_after_a_restart(stub: HubStub
         assert stub.wait(lambda: stub.stalled)
         fill(disk)
         stub.release()
-        assert server.finished(job["id"])["error_kind"] == "no_disk"
+        assert server.finished(job["id"])["error_kind"] == "disk_full"
         server.stop()
         free(disk)
         server.start()
@@ -369,15 +369,18 @@ def test_a_refused_start_leaves_no_probe(stub: HubStub, tmp_path: Path, disk: Pa
 
 
 def test_a_disk_that_fills_during_a_download_fails_the_job(stub: HubStub, tmp_path: Path) -> None:
-    """The Hub's cache is on a disk that fills up in the middle of a file: no_disk with a remedy, then it works."""
+    """The Hub's cache is on a disk that fills up in the middle of a file: disk_full with a remedy, then it works."""
     stub.fault("stall", "/state/one/resolve/*.safetensors", times=1)
-    with mounted(tmp_path / "cache", "280m") as cache, make_server(stub, tmp_path, HF_HOME=str(cache)) as server:
+    with (
+        mounted(tmp_path / "cache", "280m") as cache,
+        make_server(stub, tmp_path, HF_HOME=str(cache), DISK_RESERVE="0") as server,
+    ):
         job = server.client.post("/pull", json={"model": "state/one"}).json()
         assert stub.wait(lambda: stub.stalled)
         fill(cache)
         stub.release()
         end = server.finished(job["id"])
-        assert (end["status"], end["error_kind"]) == ("failed", "no_disk"), end
+        assert (end["status"], end["error_kind"]) == ("failed", "disk_full"), end
         assert "free some space and pull again" in end["error"]
         assert "No space left on device" in end["traceback"]
         free(cache)

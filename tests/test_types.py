@@ -73,7 +73,7 @@ def test_every_error_is_known() -> None:
         "remote_code_disabled": 403, "gated": 403, "not_found": 404, "in_use": 409, "requirement_not_met": 409,
         "body_too_large": 413, "no_backend": 500, "bad_model_files": 500, "engine_failed": 500, "engine_died": 500,
         "unsupported": 500, "hub_error": 502, "cooldown": 503, "capacity": 503, "crash_loop": 503, "unavailable": 503,
-        "offline": 503, "load_timeout": 504, "no_disk": 507,
+        "offline": 503, "load_timeout": 504, "disk_full": 507,
     }.items()  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def test_error_crosses_a_process_boundary(error: type[app.ServerError]) -> None:
 
 
 def test_internal_error_crosses_a_process_boundary() -> None:
-    """`_hub_cause` uses the kind of the root class as well."""
+    """`pull_problem` uses the kind of the root class as well."""
     assert app.error_of(app.ServerError.kind, "x").kind == "internal_error"
 
 
