@@ -6075,7 +6075,8 @@ async def _run_worker(fetch: Fetch, job: Job) -> Fetched:
         async for report in child.reports():
             match report:
                 case Progress():
-                    first = report.bytes_done if first is None else first
+                    if first is None:
+                        began, first = time.monotonic(), report.bytes_done
                     await _update_job(job, durable=False, **_progress_of(report, first, began, before))
                 case Refused(kind, message, details):
                     error = error_of(kind, message)

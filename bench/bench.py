@@ -22,6 +22,7 @@ from measures import (
     warm,
 )
 from processes import ROOT, LoadClient, OurServer, Peer, Side
+from pulls import pull_rows
 from report import Processors, Row, block, spread, update_readme, verdict, write_results
 
 MEBIBYTE = 1024 * 1024
@@ -157,7 +158,8 @@ def measure(plan: Plan) -> list[Row]:
         with Peer(entry, "all") as peer:
             rows += neighbour_rows(client, server, peer, plan, prompts)
         rows.append(memory_row("server process, after all of this", server.resident_bytes()))
-    return rows
+    progress("a download from a Hub on loopback, and its peers")
+    return rows + pull_rows(rounds=plan.rounds, size=plan.pulled_bytes)
 
 
 def main() -> None:

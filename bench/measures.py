@@ -34,10 +34,11 @@ class Plan:
     departures: int
     neighbour_rounds: int
     neighbour_seconds: float  # a peer that crawls is cut off after this time
+    pulled_bytes: int  # in five files
 
 
-FULL = Plan(5, 5, 3, 128, 60, 14, 8, 3, 10)
-QUICK = Plan(5, 3, 2, 48, 24, 5, 3, 2, 5)
+FULL = Plan(5, 5, 3, 128, 60, 14, 8, 3, 10, 2**30)
+QUICK = Plan(5, 3, 2, 48, 24, 5, 3, 2, 5, 2**28)
 
 
 @dataclass

@@ -97,10 +97,11 @@ class OurServer(Child):
 
     name = "through ai-server"
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: str) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="ai-server-bench-")
         self.port = free_port()
         environment = {"HOST": "127.0.0.1", "PORT": str(self.port), "KEEP_ALIVE": "-1", **scratch(self._directory.name)}
+        environment |= settings
         super().__init__([sys.executable, "app.py"], environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.ready_seconds = self._wait_until_ready()
 
@@ -129,13 +130,17 @@ class OurServer(Child):
 
     def pull(self) -> Any:
         """Pull and load the model; returns its entry of /models."""
-        job = self.call("POST", "/pull", {"model": MODEL, "init": True})
+        self.finish(self.call("POST", "/pull", {"model": MODEL, "init": True}))
+        return self.call("GET", f"/models/{MODEL}")
+
+    def finish(self, job: Any) -> Any:
+        """Wait for a job's end, and return it as it is then."""
         while job["status"] in ("queued", "running"):
-            time.sleep(0.05)
+            time.sleep(0.02)
             job = self.call("GET", f"/jobs/{job['id']}")
         if job["status"] != "succeeded":
-            raise RuntimeError(f"the pull of {MODEL} ended as {job['status']}: {job['error']}")
-        return self.call("GET", f"/models/{MODEL}")
+            raise RuntimeError(f"the pull of {job['model']} ended as {job['status']}: {job['error']}")
+        return job
 
     @property
     def engine_pid(self) -> int:
