@@ -284,7 +284,7 @@ CHUNK_BYTES = 256 * 1024  # what is read of a connection at once
 PARTIAL_SUFFIX = ".ai-server.incomplete"  # other tools of the Hub's cache know the ending
 PULL_ROUNDS = 3  # so often a file begins anew that changed on its way or arrived wrong
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 8.0  # the wait after a failure doubles, from the first to the second
-CONNECT_SECONDS, PRECHECK_SECONDS, SYNC_SECONDS = 10.0, 5.0, 1.0
+CONNECT_SECONDS, PRECHECK_SECONDS, SYNC_SECONDS = 10.0, 2.0, 1.0
 REDIRECTS, MAX_REDIRECTS = (301, 302, 303, 307, 308), 8
 MAX_REPOSITORY_FILES = 20_000
 USER_AGENT = f"ai-server/{__version__}"
@@ -5754,12 +5754,33 @@ def _hub_problem(error: Exception) -> ServerError:
     )
 
 
+async def in_daemon_thread(work: Callable[[], T]) -> T:
+    """Run what may hang on the network: it holds up neither the threads that others need nor the server's end."""
+    loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if not done.done():
+            done.set_exception(error) if error else done.set_result(result)
+
+    def run() -> None:
+        outcome: tuple[Any, BaseException | None]
+        try:
+            outcome = work(), None
+        except ServerError as error:
+            outcome = None, error
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=run, daemon=True).start()
+    return cast(T, await done)
+
+
 async def hub_listing(source: ModelSource) -> Listing:
     """What the Hub lists for a source; questions that are asked at the same time are asked once. Raises ServerError."""
     assert source.repo is not None
     key = (source.repo, source.revision)
     if (task := listings.get(key)) is None:
-        task = listings[key] = asyncio.create_task(asyncio.to_thread(_list_repository, *key))
+        task = listings[key] = asyncio.create_task(in_daemon_thread(functools.partial(_list_repository, *key)))
         task.add_done_callback(lambda _: listings.pop(key, None))
     return await asyncio.shield(task)
 
@@ -5769,7 +5790,8 @@ def bytes_here(listing: Listing, file: RemoteFile) -> int:
     path = file_here(listing.folder, listing.revision, file)
     if path is not None and path.stat().st_size == file.size:
         return file.size
-    return bytes_in(partial_states(listing.folder / "blobs" / (file.digest + PARTIAL_SUFFIX), file.size), file.size)
+    partial = listing.folder / "blobs" / (file.digest + PARTIAL_SUFFIX)
+    return bytes_in(partial_states(partial, file.size), file.size) if partial.exists() else 0  # any size may be announced
 
 
 def chosen_files(listing: Listing, source: ModelSource, job: Job) -> list[RemoteFile]:
@@ -6348,7 +6370,8 @@ def partial_states(path: Path, size: int) -> bytearray:
 
 def bytes_in(states: bytearray, size: int) -> int:
     """How many bytes of a file of this size its complete segments have."""
-    return sum(min(SEGMENT_BYTES, size - at * SEGMENT_BYTES) for at, state in enumerate(states) if state)
+    ends_short = -size % SEGMENT_BYTES if states and states[-1] else 0
+    return (len(states) - states.count(0)) * SEGMENT_BYTES - ends_short
 
 
 def new_hash(file: RemoteFile) -> Any:

@@ -71,6 +71,7 @@ class Server:
             "LOG_FILE": str(self.log_file),
             "PORT": str(self.port),
             "HF_HUB_DISABLE_XET": "1",
+            "PULL_TRIES": "3",
             "ENGINE_PYTHON_VLLM": str(folder / "no-vllm"),  # only a test that asks for vLLM gets it, on GPUs too
             "STANDBY_ENGINES": "",  # nor a process that only waits: the machine may have two cores
             **settings,
