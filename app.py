@@ -5791,7 +5791,9 @@ def bytes_here(listing: Listing, file: RemoteFile) -> int:
     if path is not None and path.stat().st_size == file.size:
         return file.size
     partial = listing.folder / "blobs" / (file.digest + PARTIAL_SUFFIX)
-    return bytes_in(partial_states(partial, file.size), file.size) if partial.exists() else 0  # any size may be announced
+    return (
+        bytes_in(partial_states(partial, file.size), file.size) if partial.exists() else 0
+    )  # any size may be announced
 
 
 def chosen_files(listing: Listing, source: ModelSource, job: Job) -> list[RemoteFile]:
@@ -7459,6 +7461,7 @@ def describe(meta: ModelMeta) -> Json:
     state = "local" if engine is None else "asleep" if engine.asleep else "ready"
     state = "loading" if meta.name in loads_in_progress else state
     shown: Json = {"name": meta.name, "state": state, "loaded": engine is not None}
+    shown |= {"trusted_commit": meta.revision if meta.trust_remote_code else None}
     shown |= {"backend": None, "quantization": None, "pins": 0, "expires_at": None}
     shown |= {"cooldown_seconds": round(wait, 1) if wait else None, **msgspec.to_builtins(meta)}
     if engine is not None:
