@@ -5910,7 +5910,8 @@ async def verify_model(raw: str) -> Job:
     meta = find_model(raw)
     meta = model_meta.get(meta.parent, meta)
     job = Job("job_" + secrets.token_hex(8), meta.name, created_at=now_iso(), check=True)
-    job.revision = meta.revision if resolve_name(meta.name).repo is not None else None
+    uploaded = Path(meta.local_path).is_relative_to(STATE_DIR / "blobs")
+    job.revision = meta.revision if not uploaded and resolve_name(meta.name).repo is not None else None
     job.preferred_quantized, job.pin = meta.preferred_quantized, meta.pinned
     job.trust_remote_code, job.allow_pickle = meta.trust_remote_code, meta.allow_pickle
     return (await open_job(job))[0]
@@ -6014,6 +6015,10 @@ def _source_of(job: Job) -> ModelSource:
 
 async def _pull_model(job: Job) -> ModelMeta:
     """Bring the files, read their facts, remember the model."""
+    held = model_meta.get(job.model)
+    if job.check and held is not None and Path(held.local_path).is_relative_to(STATE_DIR / "blobs"):
+        await asyncio.to_thread(_check_upload, Path(held.local_path))
+        return held
     source = _source_of(job)
     if source.repo is None:
         path, revision = await asyncio.to_thread(_packaged_files, source)
@@ -6021,6 +6026,15 @@ async def _pull_model(job: Job) -> ModelMeta:
         path, revision = await _fetch_from_hub(job, source)
     async with files_lock:
         return await _described(job, source, path, revision)
+
+
+def _check_upload(path: Path) -> None:
+    """Compare an uploaded file with the digest under which it lies. Raises BadModelFiles. Blocking."""
+    with path.open("rb") as file:
+        if file_digest(file, "sha256").hexdigest() != path.parent.name:
+            raise BadModelFiles(
+                f"The uploaded file sha256:{path.parent.name} is damaged: delete it and upload it again."
+            )
 
 
 async def _described(job: Job, source: ModelSource, path: Path, revision: str) -> ModelMeta:
