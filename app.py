@@ -326,6 +326,9 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     tool_name: str = ""
 
 
+SHAPES = ("format", "regex", "choice", "grammar")  # the options that constrain an answer's form
+
+
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How tokens are chosen, None if the request did not say; `logprobs` is how many alternatives a token gets."""
 
@@ -355,7 +358,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def shape(self) -> str:
         """Which option constrains the answer's form, or an empty text."""
-        return next((name for name in ("format", "regex", "choice", "grammar") if getattr(self, name) is not None), "")
+        return next((name for name in SHAPES if getattr(self, name) is not None), "")
 
     def chosen(self) -> Json:
         """The options that were set, by name."""
@@ -922,7 +925,8 @@ class Outermost:
             if message["type"] == "http.response.start":
                 started = True
                 names = (b"x-request-id", b"request-id")  # the second is what Anthropic's clients look for
-                message["headers"] = [*message.get("headers", []), *((name, request_id.encode()) for name in names)]
+                own = [(name, request_id.encode()) for name in names]
+                message["headers"] = [*message.get("headers", []), *own, *scope.get("browser_headers", ())]
             await send(message)
 
         try:
@@ -967,14 +971,9 @@ class BrowserGuard:
         if scope["method"] == "OPTIONS":
             allowed["Access-Control-Allow-Methods"] = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
             allowed["Access-Control-Allow-Headers"] = headers.get("access-control-request-headers", "*")
-            return await Response(status_code=204, headers=allowed)(scope, receive, send)
-
-        async def send_allowed(message: ASGIMessage) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), *Headers(allowed).raw]
-            await send(message)
-
-        return await self.inner(scope, receive, send_allowed)
+        scope["browser_headers"] = Headers(allowed).raw  # for `Outermost`: a page may read its errors too
+        answer = Response(status_code=204) if scope["method"] == "OPTIONS" else self.inner
+        return await answer(scope, receive, send)
 
     def _is_ours(self, host: str) -> bool:
         """Any name will do where the server is open to the network: who may come in is decided elsewhere."""
@@ -1489,9 +1488,17 @@ def enforced_schema(tools: Iterable[Json], parallel: bool, max_tokens: int | Non
     return schema | ({"$defs": definitions} if definitions else {})
 
 
-def required_schema(request: ChatRequest) -> Json:
-    """The schema of an answer that must be a call: one, unless several were asked for."""
-    return enforced_schema(request.tools, request.parallel_tool_calls is True, request.sampling.max_tokens)
+def wanted_form(request: ChatRequest) -> tuple[str, Any]:
+    """What an answer must be and how: "schema", "regex", "grammar" or "". A required call rules out all else."""
+    shape = request.sampling.shape()
+    wanted = getattr(request.sampling, shape, None)
+    if request.tools and request.tool_choice == "required":  # one, unless several were asked for
+        return "schema", enforced_schema(
+            request.tools, request.parallel_tool_calls is True, request.sampling.max_tokens
+        )
+    if shape == "choice":
+        return "grammar", choice_grammar(wanted or ())
+    return ("schema", {"type": "object"} if wanted == "json" else wanted) if shape == "format" else (shape, wanted)
 
 
 ###############################################################################
@@ -1598,26 +1605,18 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """Child to server: the load or the pull failed, and why."""
+    """Child to server: the load, the pull or the request of this id failed, and why."""
 
     kind: str
     message: str
     traceback: str = ""
+    id: int = 0
 
 
 class Events(msgspec.Struct, frozen=True, tag=True):
     """Child to server: all events of one turn of the child's loop, with the ids they belong to."""
 
     items: list[tuple[int, Event]]
-
-
-class Failed(msgspec.Struct, frozen=True, tag=True):
-    """Child to server: this request ended with an error."""
-
-    id: int
-    kind: str
-    message: str
-    traceback: str = ""
 
 
 class Phase(msgspec.Struct, frozen=True, tag=True):
@@ -1656,7 +1655,7 @@ class Fetched(msgspec.Struct, frozen=True, tag=True):
 
 
 Command = Order | Load | Generate | Abort | Fetch | Limit
-Report = Loaded | Refused | Phase | Obeyed | Beat | Events | Failed | Progress | Fetched
+Report = Loaded | Refused | Phase | Obeyed | Beat | Events | Progress | Fetched
 
 
 class Engine:
@@ -1707,9 +1706,10 @@ def completion_room(prompt_tokens: int, context_length: int, sampling: Sampling)
 
 
 async def routed(
-    events: AsyncGenerator[Event, None], router: TextRouter, single: bool = False
+    events: AsyncGenerator[Event, None], request: ChatRequest, formats: Iterable[Format], thinking_open: bool = False
 ) -> AsyncGenerator[Event, None]:
     """Raw text as text, thinking and calls, or the first call; log-probabilities go with the next text shown."""
+    router, single = TextRouter(formats, request.tools, thinking_open), request.parallel_tool_calls is False
     waiting: tuple[TokenLogprob, ...] = ()
     called = False
     async with aclosing(events):
@@ -1844,7 +1844,7 @@ class LlamaCppEngine(Engine):
         """Hand the request to llama.cpp, which renders, tokenizes, checks the length, generates and reads calls."""
         events = self._events(request)
         enforced = request.tools and request.tool_choice == "required"
-        return routed(events, TextRouter((ENFORCED,), request.tools)) if enforced else events
+        return routed(events, request, (ENFORCED,)) if enforced else events
 
     async def _events(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
         sampling, thread = request.sampling, ThreadStream()
@@ -1921,12 +1921,10 @@ class LlamaCppEngine(Engine):
             chosen["repeat_last_n"] = self._spec.context_length
         if "logprobs" in chosen:
             chosen["n_probs"] = max(1, chosen.pop("logprobs"))  # with 0 it gives none at all
-        if (wanted := chosen.pop("format", None)) is not None:
-            chosen["json_schema"] = {"type": "object"} if wanted == "json" else wanted
-        if choices := chosen.pop("choice", None):
-            chosen["grammar"] = choice_grammar(choices)
-        if (regex := chosen.pop("regex", None)) is not None:
-            chosen["grammar"] = _regex_grammar(regex)
+        kind, wanted = wanted_form(request)
+        form = {"json_schema": wanted} if kind == "schema" else {"grammar": wanted} if kind else {}
+        form |= {"grammar": _regex_grammar(wanted)} if kind == "regex" else {}
+        chosen = {name: value for name, value in chosen.items() if name not in SHAPES} | form
         chosen |= {"return_progress": True, "timings_per_token": True, "stream": True, "verbose": True}
         return chosen | (self._conversation(request) if chat else {"prompt": self._prompt(request)})
 
@@ -1940,7 +1938,7 @@ class LlamaCppEngine(Engine):
         body: Json = {"messages": template_messages(messages), "chat_template_kwargs": thinking_arguments(think)}
         body |= {"tools": tools, "parallel_tool_calls": request.parallel_tool_calls is not False} if tools else {}
         if request.tools and request.tool_choice == "required":
-            body |= {"json_schema": required_schema(request), "grammar": "", "tool_choice": "none"}
+            body["tool_choice"] = "none"
         return body | {"reasoning_format": "none" if grammar else "auto"}
 
     def _prompt(self, request: ChatRequest) -> Input:
@@ -2049,9 +2047,11 @@ class Grammars:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
         self._kept = functools.lru_cache(self.KEPT)(self._compiled)
 
-    async def of(self, sampling: Sampling, field: str) -> Any:
+    async def of(self, request: ChatRequest, field: str) -> Any:
         """The compiled constraint of a request. Raises BadRequest, which names the field."""
-        compiled = functools.partial(self._kept, field, *_grammar_source(sampling))
+        kind, form = wanted_form(request)
+        source = ("json_schema", json.dumps(form)) if kind == "schema" else (kind, form)
+        compiled = functools.partial(self._kept, field, *source)
         return await asyncio.get_running_loop().run_in_executor(self._thread, compiled)
 
     @functools.cached_property
@@ -2095,15 +2095,6 @@ def _grammar_refusal(vocabulary: str, kind: str, text: str) -> str:
     except (RuntimeError, ValueError) as error:
         return re.sub(r"^\[[\d:]+\] \S+: ", "", str(error).strip())[:500]
     return ""
-
-
-def _grammar_source(sampling: Sampling) -> tuple[str, str]:
-    """A request's constraint in xgrammar's terms: what it is, and its text."""
-    if sampling.format is not None:
-        return "json_schema", json.dumps({"type": "object"} if sampling.format == "json" else sampling.format)
-    if sampling.regex is not None:
-        return "regex", sampling.regex
-    return "grammar", sampling.grammar or choice_grammar(sampling.choice or ())
 
 
 class Constraint:
@@ -2230,7 +2221,6 @@ class TransformersEngine(Engine):
     """Safetensors on the model classes of transformers: one thread a request, one compute step at a time."""
 
     OPTIONS = Sampling.__struct_fields__
-    CONSTRAINTS = ("format", "regex", "choice", "grammar")
     RUNS_FOREIGN_CODE = False
 
     async def prepare(self) -> None:
@@ -2283,7 +2273,7 @@ class TransformersEngine(Engine):
         self._context_length = int(getattr(config, "max_position_embeddings", 0) or MAX_CONTEXT_LENGTH)
         self._grammars = Grammars(self.tokenizer, self._size, self.end_tokens)
         able = importlib.util.find_spec("xgrammar") is not None and self.tokenizer.is_fast
-        self._options = tuple(name for name in self.OPTIONS if able or name not in self.CONSTRAINTS)
+        self._options = tuple(name for name in self.OPTIONS if able or name not in SHAPES)
         stored = (model.config.to_dict().get("quantization_config") or {}).get("quant_method") or "none"
         return EngineInfo(
             quantization=spec.quantization if spec.quantization != "none" else str(getattr(stored, "value", stored)),
@@ -2311,18 +2301,14 @@ class TransformersEngine(Engine):
         self._check_tokens("logit_bias", sampling.logit_bias or ())
         if required and "format" not in self._options:
             raise BadRequest("Field 'tool_choice': a call cannot be enforced with this model's tokenizer.")
-        if required:
-            others = {"regex": None, "choice": None, "grammar": None}
-            sampling = msgspec.structs.replace(sampling, format=required_schema(request), **others)
         grammar, field = None, "tools" if required else sampling.shape()
         if field in self._options or required:
-            grammar = await self._grammars.of(sampling, field)
+            grammar = await self._grammars.of(request, field)
         yield Started(len(prompt.tokens))
         tokens = TokenStream(self, sampling, prompt, grammar)
         events = tokens.events(self.threads, functools.partial(self._answer, sampling, prompt, room, tokens))
-        single = request.parallel_tool_calls is False
         if prompt.formats:
-            events = routed(events, TextRouter(prompt.formats, request.tools, prompt.thinking), single)
+            events = routed(events, request, prompt.formats, prompt.thinking)
         async with aclosing(events):
             async for event in events:
                 yield event
@@ -2680,10 +2666,7 @@ class VLLMEngine(Engine):
         tags = formats not in ((), (ENFORCED,)) and not request.sampling.ignore_eos
         form = {"structured_outputs": self._structure(request, begin), "skip_special_tokens": not tags}
         events = self._raw(request, prompt, form)
-        single = request.parallel_tool_calls is False
-        events = (
-            routed(events, TextRouter(formats, request.tools, opens_thinking(formats, end)), single) if chat else events
-        )
+        events = routed(events, request, formats, opens_thinking(formats, end)) if chat else events
         async with aclosing(events):
             async for event in events:
                 yield event
@@ -2755,19 +2738,13 @@ class VLLMEngine(Engine):
         """The wanted form of an answer; where thinking may begin, or has begun, the form begins after it."""
         from vllm.sampling_params import StructuredOutputsParams
 
-        shape = request.sampling.shape()
-        wanted = getattr(request.sampling, shape, None)
-        if request.tool_choice == "required":
-            shape, wanted = "format", required_schema(request)
-        if not shape:
+        kind, wanted = wanted_form(request)
+        if not kind:
             return None
-        if shape == "choice":
-            shape, wanted = "grammar", choice_grammar(request.sampling.choice or ())
-        if begin is None and shape != "format":
-            return StructuredOutputsParams(**{shape: wanted})
-        answer: Json = {"type": shape, "pattern" if shape == "regex" else shape: wanted}
-        if shape == "format":  # with limits: small models fill with spaces whatever room they have for them
-            wanted = {"type": "object"} if wanted == "json" else wanted
+        if begin is None and kind != "schema":
+            return StructuredOutputsParams(**{kind: wanted})
+        answer: Json = {"type": kind, "pattern" if kind == "regex" else kind: wanted}
+        if kind == "schema":  # with limits: small models fill with spaces whatever room they have for them
             spaces = 1 if request.tool_choice == "required" else 20
             answer = {"type": "json_schema", "json_schema": wanted, "max_whitespace_cnt": spaces}
         thought: Json = {"type": "tag", "begin": begin, "content": {"type": "any_text"}, "end": "</think>"}
@@ -2987,10 +2964,10 @@ class EngineHost:
             refusal = refusal_of(error)
             match command:
                 case Generate(id) if isinstance(error, ServerError):
-                    self._send(Failed(id, refusal.kind, refusal.message))
+                    self._send(Refused(refusal.kind, refusal.message, id=id))
                 case Generate(id):
                     told = "The engine failed on this request; the server's log says why."
-                    self._send(Failed(id, EngineFailed.kind, told, refusal.traceback))
+                    self._send(Refused(EngineFailed.kind, told, refusal.traceback, id))
                 case _:
                     log.exception("%s failed", type(command).__name__)
                     self._send(refusal if isinstance(command, Load) else Obeyed(_first_sentence(error)))
@@ -3033,7 +3010,7 @@ class EngineHost:
                 try:
                     self._send(Events([(id, event)]))
                 except (ValueError, OverflowError):
-                    self._send(Failed(id, EngineFailed.kind, "The engine wrote something that cannot be sent."))
+                    self._send(Refused(EngineFailed.kind, "The engine wrote something that cannot be sent.", id=id))
 
 
 def write_frame(output: int, report: Report) -> None:
@@ -3403,7 +3380,7 @@ class EngineProcess:
                         box[0].put_nowait(event if plain else msgspec.structs.replace(event, index=box[1]))
             case Beat(silent_seconds):
                 self._lively_at = time.monotonic() - silent_seconds
-            case Failed(id, kind, message, details):
+            case Refused(kind, message, details, id):
                 if details:
                     log.error("A request to %s failed in the engine:\n%s", self.spec.model, details)
                 if box := self._mailboxes.pop(id, None):
@@ -3630,12 +3607,12 @@ class ContentPart(_Strict):
     image_url: ImageUrl | str | None = None
 
 
+def _parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
 Content = Annotated[
-    list[ContentPart] | None,
-    BeforeValidator(
-        lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value,
-        json_schema_input_type=str | list[ContentPart] | None,
-    ),
+    list[ContentPart] | None, BeforeValidator(_parts, json_schema_input_type=str | list[ContentPart] | None)
 ]
 
 
@@ -3799,12 +3776,19 @@ def sampling_of(*bodies: SamplingBody | None, **more: Any) -> Sampling:
     merged |= {name: value for name, value in more.items() if value is not None}
     if merged.get("format") == "":  # what Ollama's own clients send when no format is wanted
         del merged["format"]
-    if len(shapes := [name for name in ("format", "regex", "choice", "grammar") if name in merged]) > 1:
+    if len(shapes := [name for name in SHAPES if name in merged]) > 1:
         raise BadRequest(f"Field '{shapes[1]}': it cannot be combined with '{shapes[0]}'.")
     if merged.pop("logprobs", "top_logprobs" in merged):
         merged["logprobs"] = merged.get("top_logprobs", 0)
     merged.pop("top_logprobs", None)
     return msgspec.convert(merged, Sampling, strict=False)
+
+
+def shape_of(kind: str, schema: Json | None, place: str) -> Any:
+    """What an answer has to look like, None for any text. Raises BadRequest for a schema that is not there."""
+    if kind == "json_schema" and schema is None:
+        raise BadRequest(f"Field '{place}': Field required")
+    return {"json_object": "json", "json_schema": schema}.get(kind)
 
 
 def image_of(value: str, place: str) -> str:
@@ -3824,14 +3808,17 @@ def image_of(value: str, place: str) -> str:
     return data
 
 
-def content_of(parts: list[ContentPart] | None, place: str) -> tuple[str, tuple[str, ...]]:
+def content_of(parts: "list[ContentPart] | list[BlockBody] | None", place: str) -> tuple[str, tuple[str, ...]]:
     """The text and the images of a content. Raises BadRequest that names the place."""
     images = []
-    for index, part in enumerate(parts or []):
-        if part.type in ("image_url", "input_image"):
+    for index, part in enumerate(parts or ()):
+        if isinstance(part, ContentPart) and part.type in ("image_url", "input_image"):
             url = part.image_url.url if isinstance(part.image_url, ImageUrl) else part.image_url
             images.append(image_of(url or "", f"{place}.{index}.image_url"))
-    return "".join(part.text or part.refusal for part in parts or []), tuple(images)
+        elif isinstance(part, BlockBody) and part.type == "image":
+            data = part.source.get("data") or part.source.get("url", "")
+            images.append(image_of(data, f"{place}.{index}.source"))
+    return "".join(part.text or getattr(part, "refusal", "") for part in parts or ()), tuple(images)
 
 
 def call_of(call: CallBody, place: str) -> Call:
@@ -3940,23 +3927,23 @@ def native_parse(body: Body) -> ChatRequest:
     return conversation(chat, messages=messages, stream=chat.stream is not False)
 
 
-def _nanoseconds(seconds: float) -> int:
-    """Ollama's durations: integers, and never 0 for something that took place."""
-    return max(1, round(seconds * 1e9))
+def _native_reason(end: Done | Choice) -> Json:
+    """Why an answer ended; a tool call ends with `stop`, as Ollama has it."""
+    return {"done_reason": "stop" if end.reason == "tool_calls" else end.reason}
 
 
 def native_end(done: Done) -> Json:
-    """The counts and durations of a reply, in nanoseconds; a tool call ends with `stop`, as Ollama has it."""
-    return {
-        "done": True,
-        "done_reason": "stop" if done.reason == "tool_calls" else done.reason,
-        "total_duration": _nanoseconds(done.total_seconds),
-        "load_duration": _nanoseconds(done.load_seconds),
+    """The counts of a reply, and its durations: in nanoseconds, and never 0 for something that took place."""
+    told = {
+        "total_duration": done.total_seconds,
+        "load_duration": done.load_seconds,
         "prompt_eval_count": done.prompt_tokens,
-        "prompt_eval_duration": _nanoseconds(done.prefill_seconds),
+        "prompt_eval_duration": done.prefill_seconds,
         "eval_count": done.completion_tokens,
-        "eval_duration": _nanoseconds(done.decode_seconds),
+        "eval_duration": done.decode_seconds,
     }
+    whole = {name: max(1, round(one * 1e9)) if name.endswith("_duration") else one for name, one in told.items()}
+    return {"done": True, **_native_reason(done), **whole}
 
 
 def _native_message(choice: Choice) -> Json:
@@ -3978,17 +3965,10 @@ def native_call(index: int, call: Call) -> Json:
     return {"id": call.id, "function": {"index": index, "name": call.name, "arguments": arguments}}
 
 
-def logprobs_json(logprobs: Iterable[TokenLogprob]) -> list[Json]:
-    """Log-probabilities as the chat protocols of Ollama and OpenAI have them."""
-    return [_logprob_json(each) | {"top_logprobs": [_logprob_json(one) for one in each.top]} for each in logprobs]
-
-
-def native_logprobs(logprobs: Iterable[TokenLogprob]) -> list[Json]:
-    """The same without the alternatives where none were asked for, as Ollama has it."""
-    return [
-        {name: value for name, value in each.items() if value or name != "top_logprobs"}
-        for each in logprobs_json(logprobs)
-    ]
+def logprobs_json(logprobs: Iterable[TokenLogprob], bare: bool = False) -> list[Json]:
+    """Log-probabilities as OpenAI has them; `bare`, as Ollama's, have no alternatives where none were asked for."""
+    tops = [(each, [_logprob_json(one) for one in each.top]) for each in logprobs]
+    return [_logprob_json(each) | ({} if bare and not top else {"top_logprobs": top}) for each, top in tops]
 
 
 def _logprob_json(one: TokenLogprob) -> Json:
@@ -4030,45 +4010,37 @@ def native_stream(request: ChatRequest) -> Callable[[Event], Iterator[Frame]]:
             yield line(event, {"tool_calls": [native_call(*call)]})
         match event:
             case Text(text, logprobs):
-                yield line(event, {"content": text}, **({"logprobs": native_logprobs(logprobs)} if logprobs else {}))
+                yield line(
+                    event, {"content": text}, **({"logprobs": logprobs_json(logprobs, bare=True)} if logprobs else {})
+                )
             case Thinking(text):
                 yield line(event, {"thinking": text})
             case Done():
-                yield line(
-                    event,
-                    {},
-                    **(native_end(event) if event.last else {"done_reason": native_end(event)["done_reason"]}),
-                )
+                yield line(event, {}, **(native_end(event) if event.last else _native_reason(event)))
 
     return feed
 
 
 def native_whole(request: ChatRequest, reply: Reply) -> Json:
-    """The native reply in one piece: the first choice, and with `n` all of them under `choices`."""
+    """The reply in one piece: the first choice, and with `n` all of them; without counts where nothing was asked."""
     first = reply.choices[0]
     head = {"model": request.model, "created_at": request.created_at}
     whole: Json = head | {"message": _native_message(first)}
-    whole |= native_end(reply.done) | {"done_reason": "stop" if first.reason == "tool_calls" else first.reason}
+    whole |= native_end(reply.done) | _native_reason(first)
     if first.logprobs:
-        whole["logprobs"] = native_logprobs(first.logprobs)
+        whole["logprobs"] = logprobs_json(first.logprobs, bare=True)
     if request.width() > 1:
         whole["choices"] = [
-            {
-                "index": index,
-                "message": _native_message(choice),
-                "done_reason": "stop" if choice.reason == "tool_calls" else choice.reason,
-            }
+            {"index": index, "message": _native_message(choice), **_native_reason(choice)}
             for index, choice in enumerate(reply.choices)
         ]
-    return whole
+    spoken = request.task in ("chat", "complete")
+    return {name: value for name, value in whole.items() if spoken or not name.endswith(("_duration", "_count"))}
 
 
-def native_error(error: ServerError) -> Json:
-    """An error in the native shape, as a body or as the last line of a stream."""
-    return {"error": str(error)}
-
-
-NATIVE = Dialect(native_parse, native_stream, native_whole, native_error, ndjson, "application/x-ndjson")
+NATIVE = Dialect(
+    native_parse, native_stream, native_whole, lambda error: {"error": str(error)}, ndjson, "application/x-ndjson"
+)
 
 
 # -- Ollama --------------------------------------------------------------------
@@ -4181,13 +4153,6 @@ def ollama_chat_parse(body: Body) -> ChatRequest:
     return _or_load(conversation(chat, stream=chat.stream is not False), not chat.messages)
 
 
-def ollama_chat_whole(request: ChatRequest, reply: Reply) -> Json:
-    """The native reply; one that only says that a model was loaded or unloaded has no counts."""
-    whole = native_whole(request, reply)
-    spoken = request.task in ("chat", "complete")
-    return {name: value for name, value in whole.items() if spoken or not name.endswith(("_duration", "_count"))}
-
-
 CONTEXT_MARK = b"turns:"
 
 
@@ -4281,7 +4246,7 @@ def generate_stream(request: ChatRequest) -> Callable[[Event], Iterator[Frame]]:
 
 def generate_whole(request: ChatRequest, reply: Reply) -> Json:
     """The reply of /api/generate in one piece."""
-    whole = _as_generated(ollama_chat_whole(request, reply))
+    whole = _as_generated(native_whole(request, reply))
     if "choices" in whole:
         whole["choices"] = [_as_generated(choice) for choice in whole["choices"]]
     return whole | (context_of(request, reply.choices[0].text) if reply.done.reason not in ("load", "unload") else {})
@@ -4330,7 +4295,7 @@ def _texts(task: Task, whole: Callable[[ChatRequest, Reply], Json], missing: str
     return Dialect(parse, native_stream, whole, error, ndjson, NATIVE.media_type)
 
 
-OLLAMA_CHAT = Dialect(ollama_chat_parse, native_stream, ollama_chat_whole, ollama_error, ndjson, NATIVE.media_type)
+OLLAMA_CHAT = Dialect(ollama_chat_parse, native_stream, native_whole, ollama_error, ndjson, NATIVE.media_type)
 _not_generated = functools.partial(ollama_error, task="generate")
 OLLAMA_GENERATE = Dialect(generate_parse, generate_stream, generate_whole, _not_generated, ndjson, NATIVE.media_type)
 OLLAMA_EMBED = _texts("embed", embed_whole, missing="")
@@ -4533,14 +4498,11 @@ def openai_chat_parse(body: Body) -> ChatRequest:
         raise BadRequest("[] is too short - 'messages'")
     for message in chat.messages:
         message.thinking = message.thinking or message.reasoning
-    wanted: Json = {"max_tokens": chat.max_completion_tokens}
-    if (shape := chat.response_format) and shape.type != "text":
-        if shape.type == "json_schema" and shape.json_schema is None:
-            raise BadRequest("Field 'response_format.json_schema': Field required")
-        wanted["format"] = shape.json_schema.schema_ if shape.json_schema else "json"
+    form = chat.response_format or ResponseFormat(type="text")
+    shape = shape_of(form.type, form.json_schema.schema_ if form.json_schema else None, "response_format.json_schema")
     effort = chat.reasoning_effort or (chat.reasoning.effort if chat.reasoning else None)
     wish: Json = {"think": EFFORTS.get(effort, effort), "think_if_able": True} if effort and chat.think is None else {}
-    sampling = sampling_of(chat.options, chat, **wanted)
+    sampling = sampling_of(chat.options, chat, max_tokens=chat.max_completion_tokens, format=shape)
     return conversation(chat, sampling=sampling, wire=_openai_wire("chatcmpl", chat), **wish)
 
 
@@ -4687,8 +4649,8 @@ def rerank_whole(request: ChatRequest, reply: Reply) -> Json:
 def openai_error(error: ServerError) -> Json:
     """An error with the types and codes that the libraries of this protocol know."""
     text, code = str(error), error.kind if error.kind == "context_length_exceeded" else None
-    if missing := re.match(r"Model (.+) not found: ", text) if error.status == 404 else None:
-        text, code = f"model '{missing[1]}' not found, try pulling it first", "model_not_found"
+    if isinstance(error, ModelNotFound):
+        text, code = f"model '{error.model}' not found, try pulling it first", "model_not_found"
     field = re.search(r"(?:(?:^Field|^Missing|^Invalid value for| -) '|^invalid (?=think))([\w.]+)", text)
     kind = ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     return {"error": {"message": text, "type": kind, "param": field and field[1], "code": code}}
@@ -4707,20 +4669,16 @@ RERANK = Dialect(rerank_parse, _text_stream, rerank_whole, *_REST)  # nor does t
 
 def models_json(metas: Iterable[ModelMeta], anthropic: bool, name: str = "") -> Json:
     """All models, the newest first, as OpenAI lists them, or Anthropic; `name` is what one was asked for by."""
-    data = []
+    data: list[Json] = []
     for meta in sorted(metas, key=lambda meta: meta.pulled_at, reverse=True):
         created = int(datetime.fromisoformat(meta.pulled_at).timestamp()) if meta.pulled_at else 0
-        owner, shown = meta.name.rpartition("/")[0] or "library", name or tagged(meta.name)
+        owner, shown, most = meta.name.rpartition("/")[0], name or tagged(meta.name), meta.context_length or None
         theirs: Json = {"type": "model", "id": shown, "display_name": shown, "created_at": meta.pulled_at}
-        theirs |= {
-            "capabilities": None,
-            **dict.fromkeys(("max_input_tokens", "max_tokens"), meta.context_length or None),
-        }
-        data.append(theirs if anthropic else {"id": shown, "object": "model", "created": created, "owned_by": owner})
-    if not anthropic:
-        return {"object": "list", "data": data}
+        theirs |= {"capabilities": None, "max_input_tokens": most, "max_tokens": most}
+        ours = {"id": shown, "object": "model", "created": created, "owned_by": owner or "library"}
+        data.append(theirs if anthropic else ours)
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return {"data": data, "has_more": False, **ends}
+    return {"data": data} | ({"has_more": False, **ends} if anthropic else {"object": "list"})
 
 
 # -- OpenAI: responses ---------------------------------------------------------
@@ -4818,11 +4776,14 @@ class FormatBody(_Strict):
     strict: bool | None = None
 
 
-class EffortBody(_Strict):
-    """How hard to think, and what the answer has to look like."""
+class TextBody(_Strict):
+    """What the answer has to look like."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     format: FormatBody | None = None
+
+
+class OutputBody(Reasoning, TextBody):
+    """Both at one place, as Anthropic has it."""
 
 
 class ResponsesBody(ConversationBody):
@@ -4839,8 +4800,8 @@ class ResponsesBody(ConversationBody):
     tools: FlatTools | None = None
     tool_choice: Annotated[Literal["auto", "none", "required"] | NamedTool | None, BeforeValidator(_flat)] = None
     max_output_tokens: Annotated[int | None, Field(ge=1, le=2**31), WHOLE] = None
-    reasoning: EffortBody | None = None
-    text: EffortBody | None = None
+    reasoning: Reasoning | None = None
+    text: TextBody | None = None
     include: list[str] | None = None
     truncation: Literal["auto", "disabled"] | None = None
 
@@ -4854,13 +4815,12 @@ TOLD: Json = {
 }  # fmt: skip
 
 
-def noted(calls: dict[str, str], call_id: str, name: str, place: str) -> str:
-    """Enter a call into `calls`; with the name "?" look one up. The tool's name; raises BadRequest if that fails."""
-    answers = name == "?"
-    if (call_id in calls) != answers or not call_id or not name:
-        words = "no call before it has its id" if answers else "a call needs a name, and an id of its own"
+def noted(calls: dict[str, str], call_id: str, name: str | None, place: str) -> str:
+    """Enter a call into `calls`; without a name look one up. The tool's name; raises BadRequest if that fails."""
+    if (call_id in calls) != (name is None) or not call_id or name == "":
+        words = "no call before it has its id" if name is None else "a call needs a name, and an id of its own"
         raise BadRequest(f"Field '{place}': {words}.")
-    return calls.setdefault(call_id, name)
+    return calls.setdefault(call_id, name or "")
 
 
 def _item_turn(item: ItemBody, place: str, calls: dict[str, str]) -> Message:
@@ -4872,7 +4832,7 @@ def _item_turn(item: ItemBody, place: str, calls: dict[str, str]) -> Message:
         case "reasoning":
             return Message("assistant", thinking=text or content_of(item.summary, place)[0])
         case "function_call_output":
-            return Message("tool", text, "", images, (), item.call_id, noted(calls, item.call_id, "?", place))
+            return Message("tool", text, "", images, (), item.call_id, noted(calls, item.call_id, None, place))
     function = CalledBody(name=noted(calls, item.call_id, item.name, place), arguments=item.arguments)
     return Message("assistant", calls=(call_of(CallBody(id=item.call_id, function=function), place),))
 
@@ -4899,9 +4859,7 @@ def responses_parse(body: Body) -> ChatRequest:
     if not chat.input:
         raise BadRequest("Field 'input': it is missing or empty.")
     form, effort = (chat.text and chat.text.format) or FormatBody(), chat.reasoning and chat.reasoning.effort
-    if form.type == "json_schema" and form.schema_ is None:
-        raise BadRequest("Field 'text.format.schema': it is required.")
-    shape = "json" if form.type == "json_object" else form.schema_
+    shape = shape_of(form.type, form.schema_, "text.format.schema")
     include = chat.include or ()
     more: Json = {"max_tokens": chat.max_output_tokens, "format": shape, "logprobs": LOGPROBS in include or None}
     sampling = sampling_of(chat.options, chat, **more)
@@ -5008,28 +4966,22 @@ def responses_stream(request: ChatRequest) -> Callable[[Event], Iterator[Frame]]
     return feed
 
 
-def responses_whole(request: ChatRequest, reply: Reply) -> Json:
-    """The response in one piece."""
-    return _response(request, parts_of(reply), reply.done)
-
-
 def errors_sse(frame: Frame) -> bytes:
     """A server-sent event; an error says its words at both places where clients look for them."""
     name, data = frame
     return sse((name, {**data["error"], **data, "type": "error"} if name == "error" else data))
 
 
-RESPONSES = Dialect(responses_parse, responses_stream, responses_whole, openai_error, errors_sse, "text/event-stream")
+RESPONSES = Dialect(
+    responses_parse, responses_stream, lambda request, reply: _response(request, parts_of(reply), reply.done),
+    openai_error, errors_sse, "text/event-stream",
+)  # fmt: skip
 
 
 # -- Anthropic: messages -------------------------------------------------------
 
 
-def _blocks(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-Blocks = Annotated[list["BlockBody"] | None, BeforeValidator(_blocks, json_schema_input_type=str | list["BlockBody"])]
+Blocks = Annotated[list["BlockBody"] | None, BeforeValidator(_parts, json_schema_input_type=str | list["BlockBody"])]
 
 
 class BlockBody(_Strict):
@@ -5076,31 +5028,22 @@ class AnthropicBody(SamplingBody):
     tools: FlatTools | None = None
     tool_choice: AnthropicChoice | None = None
     thinking: ThinkingBody | None = None
-    output_config: EffortBody | None = None
+    output_config: OutputBody | None = None
     stop_sequences: StopList = None
     n: Annotated[int | None, Field(ge=1, le=1)] = None
     stream: bool = False
     keep_alive: KeepAlive = None
 
 
-def _said(blocks: list[BlockBody] | None, place: str) -> tuple[str, tuple[str, ...]]:
-    images = []
-    for index, block in enumerate(blocks or ()):
-        if block.type == "image":
-            data = block.source.get("data") or block.source.get("url", "")
-            images.append(image_of(data, f"{place}.{index}.source"))
-    return "".join(block.text for block in blocks or ()), tuple(images)
-
-
 def blocks_of(turn: TurnBody, place: str, calls: dict[str, str]) -> Iterator[Message]:
     """A turn, after the answers of tools that it brings. Raises BadRequest that names the place."""
-    text, images = _said(turn.content, place)
+    text, images = content_of(turn.content, place)
     made = []
     for index, block in enumerate(turn.content or ()):
         where = f"{place}.{index}"
         if block.type == "tool_result":
-            name = noted(calls, block.tool_use_id, "?", where)
-            said, shown = _said(block.content, f"{where}.content")
+            name = noted(calls, block.tool_use_id, None, where)
+            said, shown = content_of(block.content, f"{where}.content")
             yield Message("tool", said, "", shown, (), block.tool_use_id, name)
         elif block.type == "tool_use":
             name, arguments = noted(calls, block.id, block.name, where), json.dumps(block.input, ensure_ascii=False)
@@ -5123,7 +5066,8 @@ def anthropic_parse(body: Body, task: Literal["chat", "count"] = "chat") -> Chat
     turns = [Message("system", "\n".join(block.text for block in chat.system))] if chat.system else []
     for index, turn in enumerate(chat.messages):
         turns += blocks_of(turn, f"messages.{index}.content", calls)
-    output = chat.output_config or EffortBody()
+    output = chat.output_config or OutputBody()
+    form = output.format or FormatBody()
     thinks = chat.thinking is not None and chat.thinking.type != "disabled"
     choice = chat.tool_choice or AnthropicChoice(type="auto")
     named = NamedTool(function=NamedFunction(name=choice.name)) if choice.type == "tool" else None
@@ -5133,7 +5077,9 @@ def anthropic_parse(body: Body, task: Literal["chat", "count"] = "chat") -> Chat
     return ChatRequest(
         chat.model,
         tuple(turns),
-        sampling_of(chat, stop=chat.stop_sequences, format=output.format and output.format.schema_),
+        sampling_of(
+            chat, stop=chat.stop_sequences, format=shape_of(form.type, form.schema_, "output_config.format.schema")
+        ),
         stream=task == "chat" and chat.stream,
         keep_alive=keep_alive_of(chat.keep_alive),
         task=task,
@@ -5155,13 +5101,10 @@ def _block(part: Part) -> Json:
         arguments = native_call(0, Call("", "", "".join(part.pieces)))["function"]["arguments"]
         rest = {"name": part.head.name, "input": arguments, "caller": {"type": "direct"}}
         return {"type": "tool_use", "id": part.head.id, **rest}
+    text = "".join(part.pieces)
     if isinstance(part.head, Thinking):
-        return {
-            "type": "thinking",
-            "thinking": "".join(part.pieces),
-            **(UNSIGNED if part.pieces else {"signature": ""}),
-        }
-    return {"type": "text", "text": "".join(part.pieces), "citations": None}
+        return {"type": "thinking", "thinking": text, **(UNSIGNED if part.pieces else {"signature": ""})}
+    return {"type": "text", "text": text, "citations": None}
 
 
 def _block_events(does: str, part: Part) -> Iterator[tuple[str, Json]]:
@@ -7414,9 +7357,14 @@ def _expire(engine: EngineProcess) -> None:
     task.add_done_callback(expiries.discard)
 
 
+def held_as(meta: ModelMeta) -> str:
+    """The name that a model's engine has here: an alias has its base's, an adapter none, just because its base has."""
+    return meta.name if meta.adapter_of else base_of(meta).name
+
+
 async def unload_model(raw: str, retire: Callable[[EngineProcess], Awaitable[None]] = _drop_engine) -> None:
     """Take a model out of memory if it is there, or by `retire_engine` off the device. Raises InUse."""
-    name = base_of(find_model(raw)).name
+    name = held_as(find_model(raw))
     async with device_lock:
         if (engine := model_cache.get(name)) is None:
             return
@@ -7463,17 +7411,11 @@ async def _pinned(meta: ModelMeta, keep_alive: float | None) -> EngineProcess:
             return engine
 
 
-def engine_of(meta: ModelMeta) -> EngineProcess | None:
-    """The engine in memory that answers for a model; an adapter is not in memory just because its base is."""
-    return model_cache.get(meta.name if meta.adapter_of else base_of(meta).name)
-
-
 def describe(meta: ModelMeta) -> Json:
     """A model as /models shows it: its facts, its ladder, and what is in memory now."""
-    engine = engine_of(meta)
-    wait = _in_cooldown(meta.name)
+    engine, wait = model_cache.get(held_as(meta)), _in_cooldown(held_as(meta))
     state = "local" if engine is None else "asleep" if engine.asleep else "ready"
-    state = "loading" if meta.name in loads_in_progress else state
+    state = "loading" if held_as(meta) in loads_in_progress else state
     shown: Json = {"name": meta.name, "state": state, "loaded": engine is not None}
     shown |= {"trusted_commit": meta.revision if meta.trust_remote_code else None}
     shown |= {"backend": None, "quantization": None, "pins": 0, "expires_at": None}
@@ -7549,7 +7491,7 @@ def _with_defaults(request: ChatRequest, meta: ModelMeta) -> ChatRequest:
         return request
     chosen = {**meta.options, **request.sampling.chosen()}
     if request.sampling.shape():  # one form of the answer is enough
-        chosen |= dict.fromkeys({"format", "regex", "choice", "grammar"} - {request.sampling.shape()})
+        chosen |= dict.fromkeys(name for name in SHAPES if name != request.sampling.shape())
     chosen["n"] = request.sampling.n  # how many choices a reply has is its protocol's to know
     messages = (*(meta.messages if request.messages else ()), *request.messages)
     if meta.system is not None and messages and not any(turn.role in ("system", "developer") for turn in messages):
@@ -7640,7 +7582,7 @@ async def generate(request: ChatRequest) -> AsyncGenerator[Event, None]:
     began = time.perf_counter()
     meta = find_model(request.model)
     if request.task == "unload":
-        _expire_when_idle(base_of(meta).name)
+        _expire_when_idle(held_as(meta))
         for event in _nothing_said("unload", 0.0, ServedBy(ignored=request.ignored)):
             yield event
         return
@@ -7810,6 +7752,27 @@ async def wire(
         yield dialect.frame(("error", dialect.error(error)))
     if dialect.end:
         yield dialect.end
+
+
+async def statuses(*names: str) -> AsyncGenerator[Json, None]:
+    """What a task says that is through as soon as it is asked."""
+    for name in (*names, "success"):
+        yield {"status": name}
+
+
+async def progress(dialect: Dialect, lines: AsyncGenerator[Json, None], stream: bool) -> Response:
+    """What a long task says: line by line, an error as the last one; or only its end."""
+
+    async def told() -> AsyncGenerator[bytes, None]:
+        try:
+            async for line in lines:
+                yield dialect.frame((None, line))
+        except ServerError as error:
+            yield dialect.frame((None, dialect.error(error)))
+
+    if stream:
+        return StreamingResponse(told(), media_type=dialect.media_type)
+    return JSONReply([line async for line in lines][-1])
 
 
 ###############################################################################
@@ -7984,21 +7947,6 @@ def _manages(
     return register
 
 
-async def _progress(lines: AsyncGenerator[Json, None], stream: bool) -> Response:
-    """What a long task says: line by line, an error as the last one; or only its end."""
-
-    async def told() -> AsyncGenerator[bytes, None]:
-        try:
-            async for line in lines:
-                yield ndjson((None, line))
-        except ServerError as error:
-            yield ndjson((None, ollama_error(error)))
-
-    if stream:
-        return StreamingResponse(told(), media_type=OLLAMA_CHAT.media_type)
-    return JSONReply([line async for line in lines][-1])
-
-
 @app.get("/api/tags")
 @app.head("/api/tags")
 async def ollama_tags() -> Json:
@@ -8009,7 +7957,8 @@ async def ollama_tags() -> Json:
 @app.get("/api/ps")
 async def ollama_ps() -> Json:
     """Every model in memory or on its way there, the one that stays longest first."""
-    shown = [(describe(meta), engine_of(meta)) for meta in await known_models()]
+    held = [meta for meta in await known_models() if held_as(meta) == meta.name]  # what an alias has is its model's
+    shown = [(describe(meta), model_cache.get(meta.name)) for meta in held]
     here = [ollama_running(model, _expiry(engine)) for model, engine in shown if model["state"] in ("ready", "loading")]
     return {"models": sorted(here, key=lambda model: str(model["expires_at"]), reverse=True)}
 
@@ -8063,18 +8012,14 @@ async def ollama_create(body: CreateBody) -> Response:
     else:
         meta = await asyncio.to_thread(uploaded_model, body.files or {}, body.model)
     await remember_alias(meta, body.model, **created_ways(body, meta.options))
-    return await _progress(_statuses(f"using existing layer sha256:{meta.digest}", "writing manifest"), body.stream)
-
-
-async def _statuses(*statuses: str) -> AsyncGenerator[Json, None]:
-    for status in (*statuses, "success"):
-        yield {"status": status}
+    lines = statuses(f"using existing layer sha256:{meta.digest}", "writing manifest")
+    return await progress(OLLAMA_CHAT, lines, body.stream)
 
 
 @_manages("/api/pull", OllamaPullBody, missing="invalid model name")
 async def ollama_pull(body: OllamaPullBody) -> Response:
     """Fetch a model and tell how far that is; the job goes on when the client leaves."""
-    return await _progress(watch_pull(await start_pull(body)), body.stream)
+    return await progress(OLLAMA_CHAT, watch_pull(await start_pull(body)), body.stream)
 
 
 @_manages("/api/push", OllamaBody)

@@ -50,10 +50,11 @@ def refusal(dialect: app.Dialect, body: Json) -> str:
     return str(raised.value)
 
 
-def check_golden(name: str, value: Any) -> None:
-    """The reply is exactly as recorded, order of the fields included."""
-    recorded = json.loads((GOLDENS / name).read_text(encoding="utf-8"))
-    assert json.dumps(value) == json.dumps(recorded)
+def check_goldens(dialect: app.Dialect, request: app.ChatRequest, prefix: str, name: str) -> None:
+    """A scenario's stream and whole reply are exactly as recorded, order of the fields included."""
+    for form, made in (("stream", streamed), ("whole", whole)):
+        recorded = json.loads((GOLDENS / f"{prefix}_{name}_{form}.json").read_text(encoding="utf-8"))
+        assert json.dumps(made(dialect, request, SCENARIOS[name])) == json.dumps(recorded)
 
 
 LIKELY = app.TokenLogprob("is", -0.25, b"is", (app.TokenLogprob("is", -0.25, b"is"),))
@@ -83,6 +84,10 @@ SCENARIOS: dict[str, tuple[app.Event, ...]] = {
 }  # fmt: skip
 
 
+SAID = st.one_of(
+    st.builds(app.Text, st.sampled_from(["", "a", "é ", "\n\n", "data: "])),
+    st.builds(app.Thinking, st.sampled_from(["", "x", "\n"])),
+)
 WHOLE_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | WHOLE_TEXT,

@@ -8,11 +8,12 @@ import msgspec
 import pytest
 from dialecttools import (
     CALLS,
+    SAID,
     SCENARIOS,
     VALUES,
     Json,
     check_any_body,
-    check_golden,
+    check_goldens,
     read_events,
     refusal,
     streamed,
@@ -97,7 +98,9 @@ def test_options() -> None:
     assert parse(container="c").ignored == ("container",)
     schema = {"type": "object"}
     form = {"type": "json_schema", "schema": schema}
-    assert parse(output_config={"format": form}).sampling.format == schema
+    both = parse(output_config={"format": form, "effort": "low"})
+    assert (both.sampling.format, both.ignored) == (schema, ())
+    assert parse(output_config={"format": {"type": "json_object"}}).sampling.format == "json"
 
 
 @pytest.mark.parametrize(
@@ -146,6 +149,7 @@ def test_tools() -> None:
         ({"n": 2}, "'n'"),
         ({"thinking": {"type": "maybe"}}, "'thinking.type'"),
         ({"system": 5}, "'system'"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "'output_config.format.schema'"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "'web_search_20250305' is not supported"),
         ({"tools": [TOOL, TOOL]}, "'tools'"),
         ({"tool_choice": {"type": "any"}}, "'tool_choice'"),
@@ -167,6 +171,7 @@ def test_tools() -> None:
         ),
         ({"messages": [{"role": "assistant", "content": [USE, USE]}]}, "'messages.0.content.1'"),
         ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "x"}]}]}, "messages.0.content.0'"),
+        ({"messages": [{"role": "assistant", "content": [{**USE, "name": "?"}] * 2}]}, "content.1': a call needs"),
         ({"messages": [USER, {"role": "user", "content": [RESULT]}]}, "'messages.1.content.0'"),
         ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "'messages.0.content.0'"),
         (
@@ -247,11 +252,7 @@ def test_stream_folds_to_whole(name: str) -> None:
     assert folded(events) == whole(app.ANTHROPIC, REQUEST, SCENARIOS[name])
 
 
-PIECES = st.one_of(
-    st.builds(app.Text, st.sampled_from(["", "a", "é ", "\n\n", "data: "])),
-    st.builds(app.Thinking, st.sampled_from(["", "x", "\n"])),
-    st.builds(lambda call: app.ToolCall(call, f"c{call}", "f", "{}"), st.integers(0, 9)),
-)
+PIECES = SAID | st.builds(lambda call: app.ToolCall(call, f"c{call}", "f", "{}"), st.integers(0, 9))
 
 
 @given(st.lists(PIECES, max_size=8, unique_by=lambda piece: getattr(piece, "call", object())))
@@ -268,8 +269,7 @@ def test_any_events_make_a_sound_stream(pieces: list[app.Event]) -> None:
 @pytest.mark.parametrize("name", ["everything", "word"])
 def test_goldens(name: str) -> None:
     """Exactly as recorded, order of the fields included."""
-    check_golden(f"anthropic_{name}_stream.json", streamed(app.ANTHROPIC, REQUEST, SCENARIOS[name]))
-    check_golden(f"anthropic_{name}_whole.json", whole(app.ANTHROPIC, REQUEST, SCENARIOS[name]))
+    check_goldens(app.ANTHROPIC, REQUEST, "anthropic", name)
 
 
 @pytest.mark.parametrize(

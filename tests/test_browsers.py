@@ -1,7 +1,12 @@
 """Who may call from a browser: pages of this machine and apps, not pages from elsewhere; and under which names."""
 
+import asyncio
+from typing import Any
+
 import pytest
-from harness import Server
+from harness import Json, Server
+
+import app
 
 OURS = ["http://localhost:3000", "https://127.0.0.1", "http://[::1]:80", "app://obsidian.md", "tauri://localhost"]
 NOT_OURS = ["http://evil.example", "https://localhost.evil.example", "http://cafe.be", "null", "http://127.0.0.1.evil"]
@@ -23,6 +28,23 @@ def test_a_page_from_elsewhere_may_not(server: Server, origin: str) -> None:
     """Neither a question nor a preflight."""
     for verb in ("GET", "OPTIONS", "POST"):
         assert server.client.request(verb, "/api/version", headers={"Origin": origin}).status_code == 403
+
+
+def test_a_page_may_read_an_error_that_nobody_foresaw() -> None:
+    """It is told so as with any other reply, and the error has an id."""
+    sent: list[Any] = []
+
+    async def broken(*_: Any) -> Any:
+        raise RuntimeError("on purpose")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope: Json = {"type": "http", "method": "GET", "path": "/x", "headers": [(b"origin", OURS[0].encode())]}
+    asyncio.run(app.Outermost(app.BrowserGuard(broken))(scope, broken, send))
+    headers = dict(sent[0]["headers"])
+    assert (sent[0]["status"], headers[b"access-control-allow-origin"]) == (500, OURS[0].encode())
+    assert headers[b"x-request-id"].decode() in sent[1]["body"].decode()
 
 
 def test_our_own_page_may_ask(server: Server) -> None:

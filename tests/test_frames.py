@@ -71,7 +71,7 @@ REPORTS: list[app.Report] = [
         ]
     ),
     app.Events([]),
-    app.Failed(1, "bad_request", "why"),
+    app.Refused("bad_request", "why", id=1),
     app.Progress(1, 2**50, "model.safetensors"),
     app.Fetched(["model.safetensors"]),
 ]
@@ -132,10 +132,10 @@ def test_frames_larger_than_the_pipe(piece: int, monkeypatch: pytest.MonkeyPatch
     thread.start()
     large = app.Events([(1, app.Text("x" * 1_000_000))])
     app.write_frame(writer, large)
-    app.write_frame(writer, app.Failed(1, "k", "m"))
+    app.write_frame(writer, app.Refused("k", "m", id=1))
     os.close(writer)
     thread.join()
-    assert frames_in(bytes(received)) == [large, app.Failed(1, "k", "m")]
+    assert frames_in(bytes(received)) == [large, app.Refused("k", "m", id=1)]
 
 
 def frame_of(command: app.Command) -> bytes:
@@ -261,7 +261,7 @@ def of_id(reports: list[app.Report], id: int) -> list[Any]:
     for report in reports:
         if isinstance(report, app.Events):
             found += [event for owner, event in report.items if owner == id]
-        elif isinstance(report, app.Failed) and report.id == id:
+        elif isinstance(report, app.Refused) and report.id == id:
             found.append(report)
     return found
 
@@ -520,17 +520,17 @@ output = app.claim_stdout()
 print("a library prints")
 sys.stdout.flush()
 os.write(1, b"native code prints\\n")
-app.write_frame(output, app.Failed(1, "kind", "first"))
+app.write_frame(output, app.Refused("kind", "first", id=1))
 os.system("echo a program prints")
 print("again", flush=True)
-app.write_frame(output, app.Failed(2, "kind", "second"))
+app.write_frame(output, app.Refused("kind", "second", id=2))
 """
 
 
 def test_printing_does_not_disturb_frames() -> None:
     """Whatever prints to stdout prints to stderr; the pipe has frames and nothing else."""
     output, errors = run_python(PRINTS, stderr=subprocess.PIPE).communicate(timeout=60)
-    assert frames_in(output) == [app.Failed(1, "kind", "first"), app.Failed(2, "kind", "second")]
+    assert frames_in(output) == [app.Refused("kind", "first", id=1), app.Refused("kind", "second", id=2)]
     assert errors.split(b"\n")[:-1] == [b"a library prints", b"native code prints", b"a program prints", b"again"]
 
 
@@ -613,8 +613,8 @@ def test_errors_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
         await asyncio.sleep(0)
         (sent,) = child.sent
         assert isinstance(sent, app.Generate)
-        engine._deliver(app.Failed(sent.id + 1, "engine_failed", "of another"))
-        engine._deliver(app.Failed(sent.id, "context_length_exceeded", "too long"))
+        engine._deliver(app.Refused("engine_failed", "of another", id=sent.id + 1))
+        engine._deliver(app.Refused("context_length_exceeded", "too long", id=sent.id))
         with pytest.raises(app.ContextLengthExceeded, match="too long"):
             await waiting
         assert engine._mailboxes == {}
@@ -630,7 +630,7 @@ def test_a_failed_request_needs_no_abort(monkeypatch: pytest.MonkeyPatch) -> Non
         engine = engine_with(child, monkeypatch)
         waiting = asyncio.ensure_future(anext(engine.stream(REQUEST)))
         await asyncio.sleep(0)
-        engine._deliver(app.Failed(child.generated()[0].id, "engine_failed", "why"))
+        engine._deliver(app.Refused("engine_failed", "why", id=child.generated()[0].id))
         with pytest.raises(app.EngineFailed):
             await waiting
         assert len(child.sent) == 1
@@ -682,7 +682,7 @@ def test_a_choice_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) ->
         waiting = asyncio.ensure_future(anext(engine.stream(THREE)))
         await asyncio.sleep(0)
         a, b, c = (command.id for command in child.generated())
-        engine._deliver(app.Failed(b, "bad_request", "why"))
+        engine._deliver(app.Refused("bad_request", "why", id=b))
         with pytest.raises(app.BadRequest, match="why"):
             await waiting
         assert {app.Abort(a), app.Abort(c)} <= set(child.sent[3:])

@@ -649,9 +649,17 @@ def test_errors(error: app.ServerError, kind: str, param: str | None, code: str 
 
 def test_missing_model() -> None:
     """The words and the code that frameworks look for."""
-    error = app.openai_error(app.NotFound("Model a/b:c not found: not available locally. Use /pull to download."))
+    missing = app.ModelNotFound("Model a/b:c not found: not available locally. Use /pull to download.")
+    missing.model = "a/b:c"
+    error = app.openai_error(missing)
     text = "model 'a/b:c' not found, try pulling it first"
     assert error["error"] == {"message": text, "type": "not_found_error", "param": None, "code": "model_not_found"}
+
+
+def test_an_error_that_speaks_like_a_missing_model_is_none() -> None:
+    """The class of an error decides, not its words, which may have a client's own text in them."""
+    error = app.openai_error(app.NotFound("Model x not found: at all"))["error"]
+    assert (error["message"], error["code"]) == ("Model x not found: at all", None)
 
 
 def test_error_in_a_stream_has_no_name() -> None:

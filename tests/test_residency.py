@@ -399,6 +399,84 @@ def test_memory_that_models_in_use_hold_stays_theirs(start: Start) -> None:
     assert "in cooldown" in server.chat("fake/forest", "count 1").json()["error"]
 
 
+# -- the names of one engine --------------------------------------------------
+
+
+def copied(server: Server, model: str) -> None:
+    """Give a model the name `other` as well."""
+    server.have(model)
+    copy = server.client.post("/api/copy", json={"source": model, "destination": "other"})
+    assert copy.status_code == 200, copy.text
+
+
+def listed(server: Server) -> list[str]:
+    """The names in the list of what is in memory."""
+    return [model["name"] for model in server.client.get("/api/ps").json()["models"]]
+
+
+def test_an_alias_is_loading_while_its_base_is(start: Start) -> None:
+    """Both names show the one load under way, and then the one engine; the list of what is in memory has it once."""
+    server = start()
+    copied(server, "fake/slow")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.answer, "other", "count 1")
+        wait_until(lambda: states(server) == {"fake/slow": "loading", "other": "loading"})
+        assert listed(server) == ["fake/slow:latest"]
+        (server.folder / "state" / "go").touch()
+        assert answer.result() == "0 "
+    assert states(server) == {"fake/slow": "ready", "other": "ready"}
+    assert listed(server) == ["fake/slow:latest"]
+
+
+def test_an_alias_waits_while_its_base_does(start: Start) -> None:
+    """A load that failed is the failure of both names, and both say for how long."""
+    server = start()
+    copied(server, "fake/fails")
+    assert server.chat("other", "count 1").status_code == 500
+    assert shown(server, "fake/fails")["cooldown_seconds"] and shown(server, "other")["cooldown_seconds"]
+
+
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the engines that were taken away: of a base, which has an adapter and an alias, and no others."""
+    gone = list[str]()
+
+    async def retire(engine: Any) -> None:
+        gone.append(engine.spec.model)
+
+    metas = (
+        app.ModelMeta("lab/base", "x", "/base"), app.ModelMeta("lab/alias", "x", "/base", parent="lab/base"),
+        app.ModelMeta("lab/lora", "x", "/lora", adapter_of="lab/base"),
+        app.ModelMeta("lab/alone", "x", "/alone", adapter_of="lab/nowhere"),
+    )  # fmt: skip
+    monkeypatch.setattr(app, "model_meta", {meta.name: meta for meta in metas})
+    monkeypatch.setattr(app, "model_cache", OrderedDict({"lab/base": engine("lab/base")}))
+    monkeypatch.setattr(app, "retire_engine", retire)
+    monkeypatch.setattr(app, "_expire_when_idle", lambda name: gone.append(name) if name in app.model_cache else None)
+    return gone
+
+
+UNLOADS = [("lab/base", ["lab/base"]), ("lab/alias", ["lab/base"]), ("lab/lora", []), ("lab/alone", [])]
+
+
+@pytest.mark.parametrize(("name", "expected"), UNLOADS)
+def test_unloading_an_adapter_leaves_its_base(name: str, expected: list[str], left: list[str]) -> None:
+    """An alias's engine is its base's, an adapter has none, and one whose base is gone is no error."""
+    asyncio.run(app.unload_model(name, app.retire_engine))
+    assert left == expected
+
+
+@pytest.mark.parametrize(("name", "expected"), UNLOADS)
+def test_no_keep_alive_for_an_adapter_leaves_its_base(name: str, expected: list[str], left: list[str]) -> None:
+    """The same for the empty request that unloads a model."""
+
+    async def ask() -> list[app.Event]:
+        return [event async for event in app.generate(app.ChatRequest(name, task="unload"))]
+
+    assert [type(event) for event in asyncio.run(ask())] == [app.Started, app.Done]
+    assert left == expected
+
+
 # -- the order of leaving -----------------------------------------------------
 
 

@@ -9,11 +9,12 @@ import pytest
 from dialecttools import (
     CALLS,
     LIKELY,
+    SAID,
     SCENARIOS,
     VALUES,
     Json,
     check_any_body,
-    check_golden,
+    check_goldens,
     read_events,
     streamed,
     whole,
@@ -119,6 +120,13 @@ def test_shapes() -> None:
     assert parse(text={"format": form}).sampling.format == SCHEMA
 
 
+def test_fields_that_stand_at_the_wrong_place_are_named() -> None:
+    """An effort in `text` or a format in `reasoning` does nothing, and the reply says so."""
+    request = parse(text={"effort": "high"}, reasoning={"format": {"type": "json_object"}})
+    assert (request.think, request.sampling.format) == (None, None)
+    assert sorted(request.ignored) == ["reasoning.format", "text.effort"]
+
+
 def test_logprobs_and_includes() -> None:
     """They are asked for in a list of things to include; what is not known there is named."""
     request = parse(include=["message.output_text.logprobs", "reasoning.encrypted_content"])
@@ -185,6 +193,7 @@ def test_tools() -> None:
             "'input.0.function.arg",
         ),
         ({"input": [{"type": "function_call", "call_id": "x", "name": "x"}] * 2}, "'input.1'"),
+        ({"input": [{"type": "function_call", "call_id": "x", "name": "?"}] * 2}, "'input.1': a call needs"),
         ({"input": [{"type": "function_call_output", "call_id": "x", "output": ""}]}, "'input.0'"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "'input.0'"),
     ],
@@ -265,10 +274,8 @@ def test_stream_folds_to_whole(name: str) -> None:
     assert folded(events) == whole(app.RESPONSES, REQUEST, SCENARIOS[name])
 
 
-PIECES = st.one_of(
-    st.builds(app.Text, st.sampled_from(["", "a", "é ", "\n\n", "data: "])),
-    st.builds(app.Thinking, st.sampled_from(["", "x", "\n"])),
-    st.builds(lambda call, text: app.ToolCall(call, f"c{call}", "f", text), st.integers(0, 1), st.just("[]")),
+PIECES = SAID | st.builds(
+    lambda call, text: app.ToolCall(call, f"c{call}", "f", text), st.integers(0, 1), st.just("[]")
 )
 
 
@@ -289,8 +296,7 @@ def text_of(response: Json, kind: str = "message") -> str:
 @pytest.mark.parametrize("name", ["everything", "cut"])
 def test_goldens(name: str) -> None:
     """Exactly as recorded, order of the fields included."""
-    check_golden(f"responses_{name}_stream.json", streamed(app.RESPONSES, REQUEST, SCENARIOS[name]))
-    check_golden(f"responses_{name}_whole.json", whole(app.RESPONSES, REQUEST, SCENARIOS[name]))
+    check_goldens(app.RESPONSES, REQUEST, "responses", name)
 
 
 def test_order_of_events() -> None:

@@ -1,22 +1,10 @@
 // The `ollama` package for JavaScript. Each line that is printed is a check that held.
 import assert from "node:assert/strict";
 import { Ollama } from "ollama";
+import { BASE_URL, EMBED_MODEL, MODEL, check, gathered, messages } from "./common.mjs";
 
-const { BASE_URL, MODEL, EMBED_MODEL } = process.env;
 const ollama = new Ollama({ host: BASE_URL });
-const messages = [{ role: "user", content: "What is the capital of France?" }];
 const options = { num_predict: 8, temperature: 0 };
-
-async function check(name, body) {
-  await body();
-  console.log(`ok ${name}`);
-}
-
-async function gathered(stream) {
-  const pieces = [];
-  for await (const piece of stream) pieces.push(piece);
-  return pieces;
-}
 
 await check("list", async () => {
   const { models } = await ollama.list();

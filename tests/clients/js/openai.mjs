@@ -1,10 +1,9 @@
 // The `openai` package for JavaScript. Each line that is printed is a check that held.
 import assert from "node:assert/strict";
 import OpenAI from "openai";
+import { BASE_URL, EMBED_MODEL, MODEL, check, gathered, messages } from "./common.mjs";
 
-const { BASE_URL, MODEL, EMBED_MODEL } = process.env;
 const openai = new OpenAI({ baseURL: `${BASE_URL}/v1`, apiKey: "any", maxRetries: 0 });
-const messages = [{ role: "user", content: "What is the capital of France?" }];
 const short = { model: MODEL, messages, max_tokens: 8, temperature: 0 };
 const parameters = {
   type: "object",
@@ -14,17 +13,6 @@ const parameters = {
 };
 const tools = [{ type: "function", function: { name: "get_weather", parameters } }];
 const named = { type: "function", function: { name: "get_weather" } };
-
-async function check(name, body) {
-  await body();
-  console.log(`ok ${name}`);
-}
-
-async function gathered(stream) {
-  const pieces = [];
-  for await (const piece of stream) pieces.push(piece);
-  return pieces;
-}
 
 await check("models", async () => {
   const found = await gathered(openai.models.list());
