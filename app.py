@@ -286,7 +286,8 @@ PULL_ROUNDS = 3  # so often a file begins anew that changed on its way or arrive
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 8.0  # the wait after a failure doubles, from the first to the second
 CONNECT_SECONDS, PRECHECK_SECONDS, SYNC_SECONDS = 10.0, 2.0, 1.0
 REDIRECTS, MAX_REDIRECTS = (301, 302, 303, 307, 308), 8
-MAX_REPOSITORY_FILES = 20_000
+EXPIRED = (400, 401, 403, 404, 410)  # what storage says to an address that is signed, and no longer good
+MAX_REPOSITORY_FILES, MAX_NAME_LENGTH = 20_000, 1024
 USER_AGENT = f"ai-server/{__version__}"
 
 # What a request gets when neither it, nor the catalogue, nor the model's generation_config.json says otherwise:
@@ -5660,17 +5661,21 @@ def check_names(files: list[RemoteFile]) -> None:
     """Refuse a listing whose files could land elsewhere than in their folder. Raises UnsafeFilename and others."""
     if len(files) > MAX_REPOSITORY_FILES:
         raise TooManyFiles(f"The repository has {len(files)} files; {MAX_REPOSITORY_FILES} is the most.")
-    seen = set[str]()
+    seen, folders = set[str](), set[str]()
     for file in files:
-        parts = file.name.split("/")
+        name, parts = file.name.lower(), file.name.split("/")
         odd = any(part in ("", ".", "..") or len(part.encode(errors="replace")) > 255 for part in parts)
-        if odd or re.search(r"[\\:\x00-\x1f\x7f\ud800-\udfff]", file.name) or file.name.lower() in seen:
+        odd = odd or len(name) > MAX_NAME_LENGTH
+        above = set(itertools.accumulate([] if odd else name.split("/")[:-1], "{}/{}".format))
+        folders |= above
+        odd = odd or name in seen or name in folders or bool(above & seen)
+        if odd or re.search(r"[\\:\x00-\x1f\x7f\ud800-\udfff]", file.name):
             raise UnsafeFilename(
                 f"The repository has a file with an unsafe name, {file.name[:80]!r}: nothing is fetched."
             )
         if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", file.digest) or not 0 <= file.size < 2**62:
             raise BadHubReply(f"The Hub gives {file.name[:80]} no digest or size that could be one. Pull again later.")
-        seen.add(file.name.lower())
+        seen.add(name)
 
 
 def _hub_problem(error: Exception) -> ServerError:
@@ -5734,9 +5739,7 @@ def bytes_here(listing: Listing, file: RemoteFile) -> int:
     if path is not None and path.stat().st_size == file.size:
         return file.size
     partial = listing.folder / "blobs" / (file.digest + PARTIAL_SUFFIX)
-    return (
-        bytes_in(partial_states(partial, file.size), file.size) if partial.exists() else 0
-    )  # any size may be announced
+    return bytes_in(partial_states(partial, file.size), file.size) if partial.exists() else 0
 
 
 def chosen_files(listing: Listing, source: ModelSource, job: Job) -> list[RemoteFile]:
@@ -5764,15 +5767,17 @@ def promised_bytes(but: Job) -> int:
 
 async def make_sure_of_room(needed: int, folder: Path, wish: Job) -> None:
     """See that so many bytes fit on the disk and in DISK_QUOTA; delete models if that is wished. Raises DiskFull."""
-    for victim in (*removable_models(), None):
+    others = (meta for meta in removable_models() if not Path(meta.local_path).is_relative_to(folder))
+    victims = list(others) if wish.make_room else []
+    for at in range(len(victims) + 1):
         free = await asyncio.to_thread(disk_of, folder) - promised_bytes(wish)
         left = DISK_QUOTA - held_bytes() - promised_bytes(wish) if DISK_QUOTA else free
-        if needed <= min(free, left):
+        if needed <= max(0, min(free, left)):
             return
-        if victim is None or not wish.make_room:
+        if needed > min(free, left) + sum(victim.size_bytes for victim in victims[at:]):
             break
-        log.info("Deleting %s (last used %s) to make room for %s", victim.name, victim.last_used_at, wish.model)
-        await delete_model(victim.name)
+        log.info("Deleting %s, not used since %s, for %s", victims[at].name, victims[at].last_used_at, wish.model)
+        await delete_model(victims[at].name)
     room, place = (free, "on the disk") if needed > free else (left, "of DISK_QUOTA")
     what = f"{wish.model} needs {readable_bytes(needed)}, and there are {readable_bytes(max(0, room))} {place}"
     raise DiskFull(f'{what}: free some space, or pull with {{"make_room": true}}, which deletes unused models.')
@@ -6047,7 +6052,7 @@ def retry_delay(failures: int, problem: ServerError) -> float:
 
 async def _run_worker(fetch: Fetch, job: Job) -> Fetched:
     """Run one order in a pull worker, with its progress in the job; leaving kills it. Raises what it refuses with."""
-    began, first, before = time.monotonic(), None, (job.bytes_fetched, job.fetch_seconds)
+    began, first, before = time.monotonic(), None, (job.bytes_fetched, job.fetch_seconds, job.attempts)
     child = await ChildProcess.spawn("--worker", _child_environment())
     pull_workers.add(child)
     try:
@@ -6072,12 +6077,13 @@ async def _run_worker(fetch: Fetch, job: Job) -> Fetched:
     raise EngineFailed("The download process ended without an answer; pull again.")
 
 
-def _progress_of(report: Progress, first: int, began: float, before: tuple[int, float]) -> Json:
-    """What a report changes in its job; `before` are the bytes and seconds of its earlier workers."""
+def _progress_of(report: Progress, first: int, began: float, before: tuple[int, float, int]) -> Json:
+    """What a report changes in its job; `before` are the bytes, seconds and attempts of its earlier workers."""
     fetched, seconds = max(0, report.bytes_done - first), max(time.monotonic() - began, 1e-3)
     eta = (report.size_bytes - report.bytes_done) * seconds / fetched if fetched else None
     changes: Json = {"speed": fetched / seconds, "eta_seconds": eta, **msgspec.structs.asdict(report)}
-    return changes | {"bytes_fetched": before[0] + fetched, "fetch_seconds": before[1] + seconds}
+    changes |= {"bytes_fetched": before[0] + fetched, "fetch_seconds": before[1] + seconds}
+    return changes | {"attempts": before[2] + report.attempts}
 
 
 def _share_bandwidth() -> None:
@@ -6194,8 +6200,10 @@ def list_partials() -> list[Json]:
     """Files in the Hub's cache that are not complete, with the open job that will complete them. Blocking."""
     from huggingface_hub import constants
 
-    going = (job for job in jobs.values() if job.status not in FINAL_STATUSES)
-    busy = {re.split("[:@]", job.model.lower())[0]: job for job in going}
+    busy = dict[str, Job]()
+    for going in [job for job in list(jobs.values()) if job.status not in FINAL_STATUSES]:
+        with suppress(BadRequest, NotFound):  # the catalogue may have changed
+            busy[(_source_of(going).repo or "").lower()] = going
     found = list[Json]()
     for path in Path(constants.HF_HUB_CACHE).glob(f"models--*/blobs/*{PARTIAL_SUFFIX}"):
         facts, repo = path.stat(), path.parent.parent.name.removeprefix("models--").replace("--", "/")
@@ -6386,9 +6394,19 @@ class Partial:
             while view:
                 view = view[self._data.write(view) :]
 
-    def mark(self, segment: int, state: int) -> None:
-        """Say that a segment is written or synced. Raises as `write` does."""
+    def fill(self, segment: int, offset: int, data: bytes) -> bool:
+        """Write bytes of a segment; false, and nothing is written, if somebody else was faster. Raises OSError."""
         with self._changed:
+            missing = not (self.closed or self.states[segment])
+            if missing:
+                self.write(offset, data)
+            return missing
+
+    def mark(self, segment: int, state: int) -> None:
+        """Say that a segment is written or synced, unless that is known. Raises as `write` does."""
+        with self._changed:
+            if self.states[segment] >= state:
+                return
             self.write(self.file.size + segment, bytes([state]))
             self.states[segment] = state
             self._changed.notify_all()
@@ -6486,7 +6504,7 @@ class Download:
             self.limit = command.bandwidth
 
     def run(self) -> list[str]:
-        """Bring what is missing; the names of files that were here and wrong. Raises a ServerError, OSError."""
+        """Bring what is missing; the names of files that were missing or wrong. Raises a ServerError, OSError."""
         blobs, locks = self._folder / "blobs", self._folder.parent / ".locks" / self._folder.name
         for folder in (blobs, locks):
             folder.mkdir(parents=True, exist_ok=True)
@@ -6497,12 +6515,19 @@ class Download:
             self._report(self._fetch.files[-1].name, at_once=True)
             for file in self._fetch.files:
                 self._show(file)
-        if self._fetch.reference:
-            write_atomically(self._folder / "refs" / self._fetch.reference, self._fetch.revision.encode())
+            if self._fetch.reference:
+                self._refer(self._folder / "refs" / self._fetch.reference)
         return wrong
 
+    def _refer(self, path: Path) -> None:
+        """Let a branch or tag lead to the commit; what a kill leaves of it is no reference. Raises OSError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._folder / "blobs" / ("ref" + PARTIAL_SUFFIX)
+        partial.write_text(self._fetch.revision)
+        partial.replace(path)
+
     def _sort_out(self, blobs: Path) -> list[str]:
-        """Find out which files are missing; a wrong one is taken away, and its name returned."""
+        """Find out which files are missing or wrong, and return their names; a wrong one is taken away."""
         wrong, missing = list[str](), dict[str, RemoteFile]()
         for file in self._fetch.files:
             path = file_here(self._folder, self._fetch.revision, file)
@@ -6510,13 +6535,13 @@ class Download:
             right = path is not None and path.stat().st_size == file.size
             if right and self._fetch.check_all and path is not None:
                 right = file_matches(path, file)
-            if path is not None and not right:
-                wrong.append(file.name)
-                path.resolve().unlink()
             if right:
                 self._ready += file.size
-            else:
-                missing[file.digest] = file
+                continue
+            wrong.append(file.name)
+            missing[file.digest] = file
+            if path is not None:
+                path.resolve().unlink()
         self._partials = [Partial(blobs, file) for file in missing.values()]
         return wrong
 
@@ -6592,14 +6617,15 @@ class Download:
         while not (at >= end or partial.states[segment] or self._stopped.is_set()):
             try:
                 for data in self._receive(partial, at, end):
-                    partial.write(at, data)
+                    if not partial.fill(segment, at, data):
+                        return
                     at, failures = at + len(data), 0
                     self._count(partial, len(data))
-                if at < end and not partial.states[segment]:
+                if at < end and not (partial.states[segment] or self._stopped.is_set()):
                     raise HubUnreachable(f"{partial.file.name} ended before its end. Check the network and pull again.")
             except (ServerError, urllib3.exceptions.HTTPError) as error:
                 failures += 1
-                partial.location = ""  # the address of a file is signed, and no longer good after some time
+                partial.location = ""  # it may be what is wrong
                 self._wait_after(failures, pull_problem(error))
         if at >= end:
             partial.mark(segment, 1)
@@ -6632,15 +6658,14 @@ class Download:
                 data = response.read(end - begin, decode_content=False)
                 if len(data) < end - begin or self._stopped.is_set():
                     return
-                if not partial.states[segment]:
-                    partial.write(begin, data)
+                if partial.fill(segment, begin, data):
                     self._count(partial, len(data))
                     partial.mark(segment, 1)
 
-    def _ask(self, partial: Partial, at: int, end: int) -> urllib3.BaseHTTPResponse:
+    def _ask(self, partial: Partial, at: int, end: int, anew: bool = False) -> urllib3.BaseHTTPResponse:
         """Send a request for these bytes, follow redirects, judge the answer. Raises ServerError, BeginAnew."""
-        fetch, url = self._fetch, partial.location
-        url = url or f"{fetch.endpoint}/{fetch.repo}/resolve/{fetch.revision}/{quote(partial.file.name)}"
+        fetch, known = self._fetch, "" if anew else partial.location
+        url = known or f"{fetch.endpoint}/{fetch.repo}/resolve/{fetch.revision}/{quote(partial.file.name)}"
         headers = {"Range": f"bytes={at}-{end - 1}", "Accept-Encoding": "identity", "User-Agent": USER_AGENT}
         for _ in range(MAX_REDIRECTS):
             own = bool(fetch.token) and origin_of(url) == origin_of(fetch.endpoint)
@@ -6657,6 +6682,8 @@ class Download:
             self._judge(partial, response, at, end, from_hub=origin_of(url) == origin_of(fetch.endpoint))
         except (ServerError, BeginAnew):
             response.close()
+            if known and response.status in EXPIRED:
+                return self._ask(partial, at, end, anew=True)
             raise
         return response
 
@@ -6682,9 +6709,13 @@ class Download:
     def _wait_after(self, failures: int, problem: ServerError) -> None:
         """Wait before the next try, as long as the Hub says or longer each time. Raises the problem after the last."""
         delay = retry_delay(failures, problem)
-        self._now = msgspec.structs.replace(self._now, attempts=self._now.attempts + 1, waiting_for=str(problem))
-        self._report(self._now.file, at_once=True)
+        with self._lock:
+            self._now = msgspec.structs.replace(self._now, attempts=self._now.attempts + 1, waiting_for=str(problem))
+            self._report(self._now.file, at_once=True)
         self._stopped.wait(delay)
+        with self._lock:
+            self._now = msgspec.structs.replace(self._now, waiting_for="")
+            self._report(self._now.file, at_once=True)
 
     def _count(self, partial: Partial, size: int) -> None:
         """Count bytes that have arrived, report, and keep to the limit of the bandwidth."""
@@ -6727,14 +6758,6 @@ def _throw_away(partials: list[Partial]) -> None:
     for partial in partials:
         if not partial.published:
             partial.path.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a small file so that nobody ever reads half of it. Raises OSError. Blocking."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def file_here(folder: Path, revision: str, file: RemoteFile) -> Path | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gzip
 import hashlib
 import io
 import json
@@ -15,7 +16,9 @@ import re
 import select
 import signal
 import socket
+import ssl
 import struct
+import subprocess
 import sys
 import threading
 from collections import Counter
@@ -32,9 +35,15 @@ LFS_BYTES = 10_000_000
 CHUNK_BYTES = 1 << 20
 FOREVER = -1
 
-Kind = Literal["cut", "reset", "stall", "flip", "length", "ignore_range", "etag", "redirect", "status", "rate"]
+Kind = Literal[
+    "cut", "reset", "stall", "flip", "length", "ignore_range", "range", "encoding", "garbage", "etag", "redirect",
+    "status", "rate",
+]  # fmt: skip
 Outcome = Literal["open", "complete", "cut", "client_closed"]
-BODY_KINDS = frozenset({"cut", "reset", "stall", "flip", "length", "ignore_range", "rate"})
+BODY_KINDS = frozenset(
+    {"cut", "reset", "stall", "flip", "length", "ignore_range", "range", "encoding", "garbage", "rate"}
+)
+Lie = Callable[[dict[str, Any]], object]  # takes the listing as it should be, returns what is sent
 
 
 # ---------------------------------------------------------------- what tests handle
@@ -43,9 +52,11 @@ class Fault:
     """One scripted fault; the first live fault that matches a request is used, one per request.
 
     ``path``: a glob without leading slash is matched with the file's path in its repository, one with a leading slash
-    with the path of the URL (``/api/models/*``: listings; ``/*``: everything). ``times``: uses left, or FOREVER.
+    with the path of the URL (``/api/models/*``: listings; ``/*``: everything). ``times``: uses left, or FOREVER;
+    ``skip``: so many matching requests go through first.
     ``at_bytes`` counts bytes of this response's body: cut, reset and stall after that many (stall at -1: before the
     headers), flip that byte, length: that many more (or fewer: negative; 0 means one fewer) than the file has.
+    range: a Content-Range that is one byte off; encoding: a compressed body; garbage: a listing that is no JSON.
     """
 
     kind: Kind
@@ -58,6 +69,7 @@ class Fault:
     location: str = ""  # redirect; "{path}" stands for the path and query of the request
     code: str = ""  # X-Error-Code of a status
     method: str = "*"  # GET, HEAD or * (faults of the body only ever hit GET)
+    skip: int = 0
     used: int = 0
 
     def matches(self, method: str, url_path: str, file_path: str | None) -> bool:
@@ -149,6 +161,7 @@ class Repository:
     """A repository: commits by branch or tag, and who may read it."""
 
     repo_id: str
+    lie: Lie | None = None
     revisions: dict[str, Snapshot] = field(default_factory=dict)
     commits: dict[str, Snapshot] = field(default_factory=dict)
     gated: bool = False
@@ -243,8 +256,18 @@ class Target:
         return self.query.get(name, [""])[-1].lower() in ("true", "1")
 
 
+@dataclass
+class Signed:
+    """A file at an address of its own, as the Hub's storage serves it, good for some requests."""
+
+    file: HubFile
+    key: str
+    uses: int
+
+
 REPO = r"(?P<repo>[^/]+(?:/[^/]+)?)"
 ROUTES = {
+    "signed": re.compile(r"/signed/(?P<repo>[0-9]+)"),
     "tree": re.compile(rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?"),
     "info": re.compile(rf"/api/models/{REPO}(?:/revision/(?P<revision>[^/]+))?"),
     "file": re.compile(rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
@@ -257,7 +280,7 @@ def parse_target(raw: str) -> Target | None:
     for route, pattern in ROUTES.items():
         if match := pattern.fullmatch(url.path):
             part = {name: unquote(value or "") for name, value in match.groupdict().items()}
-            revision = part["revision"] or "main"
+            revision = part.get("revision") or "main"
             return Target(route, part["repo"], revision, part.get("path", ""), parse_qs(url.query))
     return None
 
@@ -352,13 +375,17 @@ class Handler(BaseHTTPRequestHandler):
     def _serve(self, target: Target | None, fault: Fault | None) -> None:
         if target is None:
             raise HubError(404, "", "The stand-in Hub has no such route")
+        if target.route == "signed":
+            self._serve_signed(self.server.hub._signature(target.repo_id), fault)
+            return
         repository, snapshot = self.server.hub._find(target, self._token())
         if target.route == "file":
             self._serve_file(repository, snapshot, target, fault)
         elif fault and fault.kind == "redirect":
             self._send_head(302, {"Location": fault.location.replace("{path}", self.path), "Content-Length": "0"})
         elif target.route == "info":
-            self._send_json(model_info(repository, snapshot, target.flag("blobs")), fault)
+            info = model_info(repository, snapshot, target.flag("blobs"))
+            self._send_json(repository.lie(info) if repository.lie else info, fault)
         else:
             self._serve_tree(snapshot, target, fault)
 
@@ -391,14 +418,23 @@ class Handler(BaseHTTPRequestHandler):
         if fault and fault.kind == "redirect":
             location = fault.location.replace("{path}", self.path)
             self._send_head(302, headers | {"Location": location, "Content-Length": "0"})
+        elif self.server.hub.cdn is not None and file.sha256:
+            location = self.server.hub.cdn._sign(file, key, self.server.hub.cdn_uses)
+            self._send_head(302, headers | {"Location": location, "Content-Length": "0"})
         else:
             self._send_content(file, headers, fault, key)
+
+    def _serve_signed(self, signed: Signed, fault: Fault | None) -> None:
+        """Serve a file as the Hub's storage does: with an ETag of its own, and no word of the repository."""
+        headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"}
+        headers["ETag"] = f'"{signed.file.blob_id[:32]}"'
+        self._send_content(signed.file, headers, fault, signed.key)
 
     # -- sending
     def _send_json(
         self, value: Any, fault: Fault | None, status: int = 200, headers: Mapping[str, str] | None = None
     ) -> None:
-        content = json.dumps(value).encode()
+        content = b"<html>" if fault and fault.kind == "garbage" else json.dumps(value).encode()
         all_headers = {"Content-Type": "application/json; charset=utf-8", **(headers or {})}
         self._send_content(HubFile("", len(content), "", None, content), all_headers, fault, "", status)
 
@@ -416,7 +452,11 @@ class Handler(BaseHTTPRequestHandler):
         start, end = part or (0, file.size)
         extra = (fault.at_bytes or -1) if fault and fault.kind == "length" else 0
         extra = max(extra, start - end)
-        ranged = {"Content-Range": f"bytes {start}-{end - 1}/{file.size}"} if part else {}
+        if fault and fault.kind == "encoding":
+            self._send_compressed(file, headers, key, start, end)
+            return
+        off = 1 if fault and fault.kind == "range" else 0
+        ranged = {"Content-Range": f"bytes {start + off}-{end - 1 + off}/{file.size}"} if part else {}
         self._send_head(206 if part else status, {**headers, **ranged, "Content-Length": str(end - start + extra)})
         if self.command == "HEAD":
             return
@@ -424,6 +464,15 @@ class Handler(BaseHTTPRequestHandler):
             stream.seek(start)
             self._send_body(Body(self, stream, key), end - start + min(0, extra), fault)
             self.wfile.write(bytes(max(0, extra)))
+
+    def _send_compressed(self, file: HubFile, headers: Mapping[str, str], key: str, start: int, end: int) -> None:
+        with file.open() as stream:
+            stream.seek(start)
+            content = gzip.compress(stream.read(end - start))
+        ranged = {"Content-Range": f"bytes {start}-{end - 1}/{file.size}", "Content-Encoding": "gzip"}
+        self._send_head(206, {**headers, **ranged, "Content-Length": str(len(content))})
+        if self.command != "HEAD":
+            Body(self, io.BytesIO(content), key).send(len(content))
 
     def _wanted_range(self, file: HubFile, headers: Mapping[str, str], fault: Fault | None) -> tuple[int, int] | None:
         stale = self.headers.get("If-Range", headers["ETag"]) != headers["ETag"]
@@ -535,14 +584,16 @@ class Server(ThreadingHTTPServer):
 
     request_queue_size = 128
 
-    def __init__(self, hub: HubStub, port: int) -> None:
-        self.hub = hub
+    def __init__(self, hub: HubStub, port: int, tls: ssl.SSLContext | None = None) -> None:
+        self.hub, self.tls = hub, tls
         self.connections: set[socket.socket] = set()
         super().__init__(("127.0.0.1", port), Handler)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection and remember it."""
         connection, address = super().get_request()
+        if self.tls:  # the handshake waits for the connection's own thread
+            connection = self.tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         self.connections.add(connection)
         return connection, address
 
@@ -553,7 +604,7 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Keep quiet about connections that a client or a fault has ended."""
-        if not isinstance(sys.exception(), ConnectionError):
+        if not isinstance(sys.exception(), (ConnectionError, ssl.SSLError)):
             super().handle_error(request, client_address)
 
     def drop_connections(self) -> None:
@@ -565,16 +616,32 @@ class Server(ThreadingHTTPServer):
                 self.connections.discard(connection)
 
 
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that nobody trusts, and its key; needs the openssl command."""
+    certificate, key = folder / "hub.pem", folder / "hub.key"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=127.0.0.1"
+    command = [*make.split(), "-addext", "subjectAltName=IP:127.0.0.1", "-out", str(certificate), "-keyout", str(key)]
+    subprocess.run(command, check=True, capture_output=True)
+    return certificate, key
+
+
 # ---------------------------------------------------------------- the stand-in
 class HubStub:
     """A stand-in Hub on a loopback port; use it as a context manager.
 
     ``requests`` holds what was asked, ``bytes_served`` the bytes handed out for each ``repo/path``
-    (handed to the network: a client that goes away may have read less).
+    (handed to the network: a client that goes away may have read less). ``certificate`` and its key make it https.
+    With ``cdn``, another stand-in, LFS files are there, at signed addresses that are good for ``cdn_uses`` requests.
     """
 
-    def __init__(self, port: int = 0, page_size: int = 1000) -> None:
+    def __init__(self, port: int = 0, page_size: int = 1000, certificate: tuple[Path, Path] | None = None) -> None:
         self.page_size = page_size
+        self.cdn: HubStub | None = None
+        self.cdn_uses = FOREVER
+        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if certificate else None
+        if self._tls and certificate:
+            self._tls.load_cert_chain(*certificate)
+        self._signatures: list[Signed] = []
         self.requests: list[Request] = []
         self.bytes_served: Counter[str] = Counter()
         self._port = port
@@ -592,7 +659,7 @@ class HubStub:
 
     def start(self) -> Self:
         """Listen, and answer in background threads."""
-        self._server = Server(self, self._port)
+        self._server = Server(self, self._port, self._tls)
         self._port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True, name="hubstub").start()
         return self
@@ -616,7 +683,7 @@ class HubStub:
     @property
     def url(self) -> str:
         """The address for HF_ENDPOINT."""
-        return f"http://127.0.0.1:{self._port}"
+        return f"http{'s' if self._tls else ''}://127.0.0.1:{self._port}"
 
     def add(
         self,
@@ -636,6 +703,11 @@ class HubStub:
             repository.gated, repository.private_token = gated, private_token
             repository.revisions[revision] = repository.commits[snapshot.sha] = snapshot
         return snapshot.sha
+
+    def lie(self, repo_id: str, lie: Lie | None) -> None:
+        """Let a repository's listing pass through a function before it is sent; None ends that."""
+        with self._changed:
+            self._repositories[repo_id].lie = lie
 
     def fault(self, kind: Kind | Fault, path: str = "*", **options: Any) -> Fault:
         """Add a fault to the end of the script: ``fault("cut", "*.safetensors", at_bytes=100)``."""
@@ -668,7 +740,8 @@ class HubStub:
     # -- for the handler
     def _find(self, target: Target, token: str) -> tuple[Repository, Snapshot]:
         with self._changed:
-            repository = self._repositories.get(target.repo_id)
+            same = (known for known in self._repositories if known.lower() == target.repo_id.lower())
+            repository = self._repositories.get(next(same, ""))
             if repository is None or repository.hidden_from(token):
                 raise HubError(404, "RepoNotFound", "Repository not found")
             snapshot = repository.revisions.get(target.revision) or repository.commits.get(target.revision)
@@ -679,10 +752,28 @@ class HubStub:
     def _take_fault(self, method: str, url_path: str, target: Target | None) -> Fault | None:
         file_path = target.path if target and target.route == "file" else None
         with self._changed:
-            found = next((f for f in self._faults if f.matches(method, unquote(url_path), file_path)), None)
-            if found:
-                found.use()
-            return found
+            for fault in self._faults:
+                if not fault.matches(method, unquote(url_path), file_path):
+                    continue
+                if not fault.skip:
+                    fault.use()
+                    return fault
+                fault.skip -= 1
+            return None
+
+    def _sign(self, file: HubFile, key: str, uses: int) -> str:
+        with self._changed:
+            self._signatures.append(Signed(file, key, uses))
+            return f"{self.url}/signed/{len(self._signatures) - 1}"
+
+    def _signature(self, number: str) -> Signed:
+        with self._changed:
+            known = len(self._signatures) > int(number)
+            if not known or self._signatures[int(number)].uses == 0:
+                raise HubError(403, "", "The signature has expired")
+            signed = self._signatures[int(number)]
+            signed.uses -= 1 if signed.uses > 0 else 0
+            return signed
 
     def _remember(self, request: Request) -> Request:
         with self._changed:

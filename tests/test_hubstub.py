@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import os
+import shutil
+import ssl
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hubstub import FOREVER, HubStub
+from hubstub import FOREVER, HubStub, make_certificate
 
 WEIGHTS = bytes(range(256)) * 1200
 FILES = {
@@ -186,6 +190,60 @@ def test_faults_of_the_head(hub: HubStub) -> None:
     assert (moved.status, moved.headers["location"]) == (302, f"http://127.0.0.1:9{URL}")
     assert (limited.status, limited.headers["retry-after"]) == (429, "7")
     assert ask(hub, "/api/models/org/model").status == 200
+
+
+def test_faults_that_lie_about_the_content(hub: HubStub) -> None:
+    """A Content-Range that is off by one, a compressed body, a listing that is no JSON."""
+    hub.fault("range", "*.safetensors")
+    hub.fault("encoding", "*.safetensors")
+    hub.fault("garbage", "/api/models/*")
+    assert ask(hub, Range="bytes=10-19").headers["content-range"] == f"bytes 11-20/{len(WEIGHTS)}"
+    packed = ask(hub, Range="bytes=10-19")
+    assert packed.headers["content-encoding"] == "gzip"
+    assert gzip.decompress(packed.body) == WEIGHTS[10:20]
+    assert ask(hub, "/api/models/org/model").body == b"<html>"
+
+
+def test_a_fault_may_let_requests_pass_first(hub: HubStub) -> None:
+    """`skip` counts the matching requests that are answered well before."""
+    hub.fault("status", "*.safetensors", skip=2)
+    assert [ask(hub).status for _ in range(4)] == [200, 200, 500, 200]
+
+
+def test_a_listing_may_lie(hub: HubStub) -> None:
+    """What a repository says of itself passes through a function, until that is taken away."""
+    hub.lie("org/model", lambda info: {**info, "sha": "f" * 40})
+    assert json.loads(ask(hub, "/api/models/ORG/Model").body)["sha"] == "f" * 40
+    hub.lie("org/model", None)
+    assert json.loads(ask(hub, "/api/models/org/model").body)["sha"] != "f" * 40
+
+
+def test_storage_at_signed_addresses(hub: HubStub) -> None:
+    """LFS files are at another port, for so many requests, under an ETag of the storage's own; small ones stay."""
+    with HubStub() as storage:
+        hub.cdn, hub.cdn_uses = storage, 1
+        moved = ask(hub)
+        assert (moved.status, moved.headers["x-linked-size"]) == (302, str(len(WEIGHTS)))
+        address = moved.headers["location"].removeprefix(storage.url)
+        first, second = ask(storage, address, Range="bytes=5-9"), ask(storage, address)
+        assert (first.status, first.body, second.status) == (206, WEIGHTS[5:10], 403)
+        assert first.headers["etag"] != moved.headers["x-linked-etag"]
+        assert ask(storage, "/signed/9").status == 403
+        assert storage.bytes_served["org/model/model.safetensors"] == 5
+        assert ask(hub, "/org/model/resolve/main/config.json").status == 200
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_https_with_a_certificate_of_its_own(tmp_path: Path) -> None:
+    """Who trusts the certificate gets the file, nobody else does."""
+    certificate = make_certificate(tmp_path)
+    with HubStub(certificate=certificate) as hub:
+        hub.add("org/model", FILES)
+        trusting = ssl.create_default_context(cafile=str(certificate[0]))
+        with urllib.request.urlopen(hub.url + URL, context=trusting) as reply:
+            assert reply.read() == WEIGHTS
+        with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
+            urllib.request.urlopen(hub.url + URL)
 
 
 def test_reset_and_unending_faults(hub: HubStub) -> None:
