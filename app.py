@@ -7,6 +7,7 @@ Ask it:    curl -N localhost:8005/chat -d '{"model":"smollm2:135m","messages":[{
 |---|---|
 | POST /chat | one reply in Ollama's shape, streamed as NDJSON unless "stream" is false |
 | POST /pull | fetch a model as a background job; 202 with the job |
+| POST /plan | what a model would take here, and whether it fits; nothing of its weights is fetched |
 | GET /jobs | all jobs, newest first |
 | GET /jobs/{job_id} | one job |
 | DELETE /jobs/{job_id} | cancel a job |
@@ -92,6 +93,7 @@ import argparse
 import ast
 import asyncio
 import base64
+import bisect
 import ctypes
 import errno
 import functools
@@ -284,10 +286,13 @@ CHUNK_BYTES = 256 * 1024  # what is read of a connection at once
 PARTIAL_SUFFIX = ".ai-server.incomplete"  # other tools of the Hub's cache know the ending
 PULL_ROUNDS = 3  # so often a file begins anew that changed on its way or arrived wrong
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 8.0  # the wait after a failure doubles, from the first to the second
-CONNECT_SECONDS, PRECHECK_SECONDS, SYNC_SECONDS = 10.0, 2.0, 1.0
+CONNECT_SECONDS, PRECHECK_SECONDS, SYNC_SECONDS, PLAN_SECONDS = 10.0, 2.0, 1.0, 60.0
 REDIRECTS, MAX_REDIRECTS = (301, 302, 303, 307, 308), 8
 EXPIRED = (400, 401, 403, 404, 410)  # what storage says to an address that is signed, and no longer good
 MAX_REPOSITORY_FILES, MAX_NAME_LENGTH = 20_000, 1024
+# What a plan reads of a repository's weights first; the rest of a head only where that is not all of it.
+PLANNED_SHARDS, SHARD_HEAD_BYTES, GGUF_HEAD_BYTES = 4, 64 * 1024, MEBIBYTE
+SHORTEST_CONTEXT = 256  # a plan proposes none that is shorter
 USER_AGENT = f"ai-server/{__version__}"
 
 # What a request gets when neither it, nor the catalogue, nor the model's generation_config.json says otherwise:
@@ -709,6 +714,8 @@ class ModelMeta(msgspec.Struct):
     last_backend: str = ""
     vllm: dict[str, Any] = {}
     kv_bytes_per_token: int = 0
+    kv_window: int = 0
+    kv_window_bytes_per_token: int = 0
     adapter_of: str = ""
     adapter_rank: int = 0
     load_seconds: float | None = None
@@ -3711,6 +3718,12 @@ class PullBody(_Strict):
     pin: bool = False
 
 
+class PlanBody(PullBody):
+    """The body of POST /plan: what POST /pull takes, so that the same can be asked and then ordered, and a context."""
+
+    context_length: Annotated[int | None, Field(ge=1, le=2**31)] = None
+
+
 class PinBody(_Strict):
     """The body of POST /models/{name}/pin."""
 
@@ -5389,26 +5402,42 @@ GGUF_FILE_TYPES: Mapping[int, str] = {
     29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
 }  # fmt: skip
 GGUF_RANK_POOLING = 4  # `<family>.pooling_type` of a cross-encoder
+MAX_GGUF_LIST = 1024  # what is said of each layer is shorter, what is said of each token is longer
+# One of so many layers keeps the whole context, the others a window, where the file does not say (llama.cpp's table).
+GGUF_WINDOWS = {"gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2, "cohere2": 4, "llama4": 4, "exaone4": 4}
 GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
 class GGUFReader:
-    """Reads a GGUF file's metadata (ggml's specification) with every length checked; arrays are only counted."""
+    """Reads a GGUF file's metadata (ggml's specification) with every length checked; long arrays are only counted.
 
-    def __init__(self, path: Path) -> None:
-        self.parameter_count = 0
+    With `size`, the path has only the beginning of a file of that size, and `pairs` of it, up to `end`, are here whole.
+    """
+
+    def __init__(self, path: Path, size: int = 0) -> None:
+        self.metadata, self.parameter_count, self.pairs, self.end = Json(), 0, 0, 0
         try:
-            self._size = path.stat().st_size
+            here = path.stat().st_size
+            self._size = size or here
             with path.open("rb") as self._file:
                 magic, _version, tensors, pairs = self._read("4sIQQ")
                 if magic != b"GGUF":
                     raise ValueError("it does not begin with GGUF")
-                self.metadata = {self._text(): self._value(*self._read("I")) for _ in range(pairs)}
+                self._read_pairs(pairs, here)
                 for _ in range(tensors):  # a count that lies ends where the file ends, as that of the pairs does
                     self._count_tensor()
         except (OSError, struct.error, ValueError, KeyError, RecursionError) as error:
+            if isinstance(error, struct.error) and here < self._size:
+                return
             what = error if type(error) is ValueError else "its header cannot be read"
             raise BadModelFiles(f"{path.name} is not a sound GGUF file: {what}. Pull the model again.") from error
+
+    def _read_pairs(self, count: int, here: int) -> None:
+        while self.pairs < count:
+            name, value = self._text(), self._value(*self._read("I"))
+            if (end := self._file.tell()) > here:  # a list that was passed over
+                raise struct.error
+            self.metadata[name], self.end, self.pairs = value, end, self.pairs + 1
 
     def _read(self, form: str) -> tuple[Any, ...]:
         return struct.unpack(f"<{form}", self._file.read(struct.calcsize(f"<{form}")))
@@ -5417,7 +5446,9 @@ class GGUFReader:
         (length,) = self._read("Q")
         if length > min(MAX_GGUF_STRING_BYTES, self._size - self._file.tell()):
             raise ValueError("a text is longer than the file")
-        return self._file.read(length).decode()
+        if len(text := self._file.read(length)) < length:
+            raise struct.error
+        return text.decode()
 
     def _count_tensor(self) -> None:
         """Read one tensor's entry: its name, its shape, where its data begins, which must be inside the file."""
@@ -5438,6 +5469,8 @@ class GGUFReader:
         width = struct.calcsize(f"<{GGUF_SCALARS.get(kind, 'Q')}")  # a text or a list has at least its length
         if count * width > self._size - self._file.tell():
             raise ValueError("a list is longer than the file")
+        if kind in GGUF_SCALARS and count <= MAX_GGUF_LIST:
+            return self._read(f"{count}{GGUF_SCALARS[kind]}")
         if kind in GGUF_SCALARS:
             self._file.seek(count * width, 1)
         else:
@@ -5493,17 +5526,77 @@ def _capabilities(meta: ModelMeta, template: str, insert: bool, rank: bool) -> l
     return ["completion", *(["insert"] if insert else []), *sorted(template_abilities(template), reverse=True)]
 
 
+# What transformers' own classes say where a config.json leaves it out.
+CONFIG_DEFAULTS: Mapping[str, Json] = {
+    "gemma2": {"sliding_window_pattern": 2},
+    "gemma3_text": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "sliding_window_pattern": 6}
+    | {"max_position_embeddings": 131072},
+}
+
+
+def _keeping_layers(text: Json) -> tuple[int, int]:
+    """How many layers keep every token, and how many those of a window only; the rest of a hybrid keeps none."""
+    layers, pattern = _number_in(text, "num_hidden_layers", "n_layer"), text.get("sliding_window_pattern")
+    kinds = text.get("layer_types") or text.get("layers_block_type") or text.get("hybrid_override_pattern")
+    if isinstance(kinds, list | str):
+        words = list(map(str, kinds))
+        whole, windows = ("full_attention", "attention", "*"), ("sliding_attention", "chunked_attention")
+        return sum(map(words.count, whole)), sum(map(words.count, windows))
+    if interval := _number_in(text, "full_attention_interval", "attn_layer_period"):
+        return layers // interval, 0
+    if not _number_in(text, "sliding_window") or text.get("use_sliding_window") is False:
+        return layers, 0
+    every = len(pattern) if isinstance(pattern, str) else pattern if isinstance(pattern, int) else 0
+    full = layers // every if every > 0 else 0
+    return full, layers - full
+
+
+def _describe_cache(meta: ModelMeta, text: Json) -> None:
+    """What a token takes in the KV cache at 16 bits: keys and values of each head, or one latent vector for both."""
+    heads = _number_in(text, "num_attention_heads", "n_head") or 1
+    head_size = _number_in(text, "head_dim") or _number_in(text, "hidden_size", "n_embd") // heads
+    kept_heads = _number_in(text, "num_key_value_heads", "num_kv_heads", "multi_query_group_num")
+    kept_heads = kept_heads or (1 if text.get("multi_query") is True else heads)
+    latent, (full, windowed) = _number_in(text, "kv_lora_rank"), _keeping_layers(text)
+    values = latent + _number_in(text, "qk_rope_head_dim") if latent else 2 * kept_heads * head_size
+    meta.kv_bytes_per_token, meta.kv_window_bytes_per_token = 2 * values * full, 2 * values * windowed
+    meta.kv_window = _number_in(text, "sliding_window", "attention_chunk_size") if windowed else 0
+    if values * (full + windowed) > 2**60:
+        raise BadModelFiles("config.json is not what it should be: no machine has so much memory. Pull it again.")
+
+
+def _describe_gguf_cache(meta: ModelMeta, head: Json) -> None:
+    """The same of a GGUF file, whose heads may differ from layer to layer; an encoder keeps nothing."""
+
+    def number(name: str) -> int:
+        found = head.get(f"{meta.family}.{name}")
+        return found if isinstance(found, int) and 0 < found <= MEBIBYTE else 0
+
+    layers, heads = min(number("block_count"), MAX_GGUF_LIST), number("attention.head_count") or 1
+    kept = head.get(f"{meta.family}.attention.head_count_kv", heads)
+    keys = number("attention.key_length") or number("embedding_length") // heads
+    values = number("attention.value_length") or keys
+    size = 2 * (keys if number("attention.key_length_mla") else keys + values)  # latent keys have the values in them
+    counts = kept if isinstance(kept, tuple) else (kept,) * layers
+    sizes = [size * count if isinstance(count, int) and 0 < count <= MEBIBYTE else 0 for count in counts]
+    every = number("attention.sliding_window_pattern") or GGUF_WINDOWS.get(meta.family, 1)
+    slides = head.get(f"{meta.family}.attention.sliding_window_pattern")
+    slides = slides if isinstance(slides, tuple) else [at % every for at in range(1, len(sizes) + 1)]
+    if head.get(f"{meta.family}.attention.causal") is not False:
+        meta.kv_window = number("attention.sliding_window") if any(slides) else 0
+        meta.kv_window_bytes_per_token = sum(itertools.compress(sizes, slides)) if meta.kv_window else 0
+        meta.kv_bytes_per_token = sum(sizes) - meta.kv_window_bytes_per_token
+
+
 def _describe_configuration(meta: ModelMeta, configuration: Path) -> None:
     """What config.json says: architecture, context, the size of a token in the KV cache, experts, own code."""
     config = _read_side_file(configuration, SideFile)
     text = config.text_config or _read_side_file(configuration, Json)
+    text = CONFIG_DEFAULTS.get(str(text.get("model_type")), {}) | text
     meta.family = config.model_type or ""
     meta.architecture = (config.architectures or [""])[0]
     meta.context_length = _number_in(text, "max_position_embeddings", "n_positions", "max_sequence_length")
-    heads = _number_in(text, "num_attention_heads") or 1
-    head_size = _number_in(text, "head_dim") or _number_in(text, "hidden_size") // heads
-    kept_heads = _number_in(text, "num_key_value_heads") or heads
-    meta.kv_bytes_per_token = 4 * _number_in(text, "num_hidden_layers") * kept_heads * head_size
+    _describe_cache(meta, text)
     experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     several = any(_number_in(text, name) > 1 for name in experts)
     meta.mixture_of_experts = several or "moe" in meta.architecture.lower()
@@ -5529,6 +5622,7 @@ def describe_model(source: ModelSource, path: Path, revision: str, allow_pickle:
         pooling = head.get(f"{meta.family}.pooling_type")
         rank = pooling == GGUF_RANK_POOLING
         meta.embedding = pooling is not None and not rank
+        _describe_gguf_cache(meta, head)
         template = str(head.get("tokenizer.chat_template", ""))
         insert = "tokenizer.ggml.fim_pre_token_id" in head or "tokenizer.ggml.prefix_token_id" in head
         meta.stored_quantization = GGUF_FILE_TYPES.get(head.get("general.file_type", -1), "unknown")
@@ -5629,6 +5723,7 @@ class Listing(msgspec.Struct, frozen=True):
     folder: Path
     endpoint: str
     token: str
+    license: str = ""
 
 
 def _list_repository(repo: str, revision: str | None) -> Listing:
@@ -5646,7 +5741,8 @@ def _list_repository(repo: str, revision: str | None) -> Listing:
     check_names(files)
     folder = Path(constants.HF_HUB_CACHE, "models--" + info.id.replace("/", "--"))
     by_name = {file.name: file for file in files}
-    return Listing(info.id, str(info.sha), by_name, folder, constants.ENDPOINT.rstrip("/"), get_token() or "")
+    license = next((tag[8:] for tag in info.tags or [] if tag.startswith("license:")), "")
+    return Listing(info.id, str(info.sha), by_name, folder, constants.ENDPOINT.rstrip("/"), get_token() or "", license)
 
 
 def _hub_errors() -> tuple[type[Exception], type[Exception]]:
@@ -6687,6 +6783,22 @@ class Download:
             raise
         return response
 
+    def head(self, file: RemoteFile, size: int) -> bytes:
+        """The first bytes of a file, in one try of PLAN_SECONDS. Raises a ServerError."""
+        size, data, more, deadline = min(size, file.size), bytearray(), b"", time.monotonic() + PLAN_SECONDS
+        if not size:
+            return b""
+        try:
+            with closing(self._ask(Partial(self._folder / "blobs", file), 0, size)) as response:
+                while len(data) < size and time.monotonic() < deadline and (more or not data):
+                    more = response.read1(size - len(data), decode_content=False)
+                    data += more
+        except (BeginAnew, urllib3.exceptions.HTTPError) as error:
+            raise error.problem if isinstance(error, BeginAnew) else pull_problem(error) from error
+        if len(data) < size:
+            raise Stalled(f"The Hub is too slow with {file.name}. Check the network and try again.")
+        return bytes(data)
+
     def _judge(self, partial: Partial, response: urllib3.BaseHTTPResponse, at: int, end: int, from_hub: bool) -> None:
         """Raises what speaks against an answer: its status, another length or file than announced, a compression."""
         name, size, headers, status = partial.file.name, partial.file.size, response.headers, response.status
@@ -7026,6 +7138,14 @@ def cheap_refusal(meta: ModelMeta, backend: str, quantization: str) -> str:
     return ""
 
 
+def _ungranted(meta: ModelMeta, backend: str) -> str:
+    """What a rung lacks that would run a repository's own code, and was not allowed to; else an empty text."""
+    if backend != "pipeline" or not meta.custom_code or meta.trust_remote_code:
+        return ""
+    way = 'If you trust it, grant that with POST /pull {"model": ..., "trust_remote_code": true}.'
+    return f"{meta.name} needs custom code from its repository. {way}"
+
+
 def compute_threads(backend: str = "llama.cpp") -> int:
     """Threads for an engine: one for torch on a GPU, where more delay launches; else a core is left to neighbours."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -7034,11 +7154,37 @@ def compute_threads(backend: str = "llama.cpp") -> int:
 
 ENGINE_OVERHEAD_BYTES = 2048 * MEBIBYTE  # activations, CUDA graphs and contexts beside weights and KV cache
 SMALLEST_KV_CACHE_BYTES = 256 * MEBIBYTE
+OVERHEAD_BYTES = 512 * MEBIBYTE  # of other engines on a GPU
+# Libraries, buffers and activations on a CPU: what the peaks of small models (docs/models.md) leave.
+CPU_OVERHEAD_BYTES = {
+    "llama.cpp": 130 * MEBIBYTE,  # measured: 129
+    "transformers": 850 * MEBIBYTE,  # 843 with a prompt of 6,000 tokens
+    "pipeline": 850 * MEBIBYTE,  # not measured: the same libraries
+    "sentence-transformers": 670 * MEBIBYTE,  # 668 with a batch of 32
+    "vllm": 2150 * MEBIBYTE,  # 2,156 in its three processes
+}
+
+
+def value_bytes() -> int:
+    """Bytes of a number in weights and caches that nobody has quantized: four on CPUs that are slow at 16 bits."""
+    return 2 if gpu_devices() or _cpu_has_bfloat16() else 4
 
 
 def weight_bytes(meta: ModelMeta, quantization: str) -> int:
-    """What the weights take in memory: 4-bit nf4 with its constants needs about a third of 16 bits."""
-    return int(meta.size_bytes * (0.35 if quantization == "4bit-nf4" else 1.0))
+    """What the weights take in memory, in the number type that engines load them in."""
+    as_they_are = meta.format == "gguf" or meta.stored_quantization or purpose_of(meta) != "completion"
+    size = meta.size_bytes if as_they_are else meta.parameter_count * value_bytes() or meta.size_bytes
+    return size * 3 // 8 if quantization == "4bit-nf4" else size  # measured: 5.6 GiB of 15.0, with its embeddings
+
+
+def context_bytes(meta: ModelMeta, backend: str, tokens: int) -> int:
+    """What the cache of so many tokens takes; llama.cpp has room for two such contexts, at 16 bits."""
+    if backend == "sentence-transformers":
+        return 0
+    kept, width, window = tokens, value_bytes(), meta.kv_window
+    if backend == "llama.cpp":
+        kept, width, window = 2 * tokens, 2, meta.kv_window * MAX_PARALLEL + LlamaCppEngine.CPU_BATCH
+    return (meta.kv_bytes_per_token * kept + meta.kv_window_bytes_per_token * min(kept, window)) * width // 2
 
 
 def kv_cache_bytes(weights: int, devices: list[Json]) -> tuple[int, float]:
@@ -7081,16 +7227,28 @@ def _engine_spec(meta: ModelMeta, backend: str, quantization: str) -> EngineSpec
     )  # fmt: skip
 
 
-def predicted_bytes(meta: ModelMeta, backend: str, quantization: str) -> int:
-    """What a load will take of the device, or of host memory: as the last one, else weights, KV cache and overhead."""
-    if meta.memory_bytes and meta.last_backend == backend:
-        return meta.memory_bytes
-    weights = weight_bytes(meta, quantization)
+def memory_needs(meta: ModelMeta, backend: str, quantization: str, tokens: int = 0) -> tuple[int, int, int]:
+    """Weights, KV cache and overhead of a load, on the device or in host memory; the last load's figure wins."""
+    weights, on_gpu = weight_bytes(meta, quantization), len(gpu_devices())
+    longest = min(meta.context_length or MAX_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH)
+    cache, overhead = context_bytes(meta, backend, tokens or longest), OVERHEAD_BYTES
     if backend == "vllm":
         spec = _engine_spec(meta, backend, quantization)
-        devices = min(len(gpu_devices()), spec.tensor_parallel * spec.pipeline_parallel)
-        return weights + max(1, devices) * spec.kv_cache_bytes + devices * ENGINE_OVERHEAD_BYTES
-    return weights + meta.kv_bytes_per_token * min(meta.context_length, MAX_CONTEXT_LENGTH) + 512 * MEBIBYTE
+        used = min(on_gpu, spec.tensor_parallel * spec.pipeline_parallel)
+        cache, overhead = max(1, used) * spec.kv_cache_bytes, used * ENGINE_OVERHEAD_BYTES
+    if not on_gpu:
+        overhead = CPU_OVERHEAD_BYTES[backend]
+    if meta.memory_bytes and meta.last_backend == backend:
+        reserves = backend in ("vllm", "llama.cpp")  # the others map weights that nobody has read, and grow
+        held = cache if backend == "vllm" else context_bytes(meta, backend, longest) if reserves else 0
+        rest = meta.memory_bytes - weights - held
+        overhead = rest if reserves else max(rest, overhead)
+    return weights, cache, overhead
+
+
+def predicted_bytes(meta: ModelMeta, backend: str, quantization: str) -> int:
+    """What a load will take of the device, or of host memory."""
+    return sum(memory_needs(meta, backend, quantization))
 
 
 def free_bytes() -> int:
@@ -7193,11 +7351,8 @@ async def _try_rung(meta: ModelMeta, backend: str, quantization: str) -> EngineP
     """Start one engine, if memory runs out once more without the idle models. Raises its refusal."""
     if reason := cheap_refusal(meta, backend, quantization):
         raise RungRefused(reason)
-    if backend == "pipeline" and meta.custom_code and not meta.trust_remote_code:
-        raise RemoteCodeNotGranted(
-            f"{meta.name} needs custom code from its repository. "
-            'If you trust it, grant that with POST /pull {"model": ..., "trust_remote_code": true}.'
-        )
+    if reason := _ungranted(meta, backend):
+        raise RemoteCodeNotGranted(reason)
     await _evict_lru_if_needed(predicted_bytes(meta, backend, quantization))
     spec = _engine_spec(meta, backend, quantization)
     log.info("Loading %s with %s (quantization=%s, threads=%d)", meta.name, backend, spec.quantization, spec.threads)
@@ -7306,9 +7461,9 @@ def _held_bytes(engine: EngineProcess) -> int:
     return (meta.memory_bytes if meta else None) or 0
 
 
-def _choose_victim(missing: int, crowded: bool, keep: EngineProcess | None = None) -> EngineProcess | None:
+def _choose_victim(missing: int, crowded: bool, *keep: EngineProcess | None) -> EngineProcess | None:
     """One idle model whose leaving is enough, else the least recently used one; sleeping ones last, `keep` never."""
-    free = [engine for engine in model_cache.values() if engine.pins == 0 and engine is not keep]
+    free = [engine for engine in model_cache.values() if engine.pins == 0 and engine not in keep]
     idle = [engine for engine in free if not engine.asleep]
     enough = [engine for engine in idle if _held_bytes(engine) >= missing]
     return next(iter(enough + idle + ([] if crowded else free)), None)
@@ -7499,6 +7654,211 @@ def _configuration_line() -> str:
         f"ai-server {__version__}, {packages}, CUDA {cuda}, threads={found['threads']}, "
         f"MAX_CACHE_MODELS={MAX_CACHE_MODELS}, STATE_DIR={STATE_DIR}, HF_HOME={HF_HOME}"
     )
+
+
+# -- the plan ------------------------------------------------------------------
+
+LATENT_FAMILIES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
+Subject = tuple[ModelMeta, list[Json], Listing | None]  # a model's facts and files, and what the Hub lists of it
+
+
+async def plan_model(body: PlanBody) -> Json:
+    """What a pull and a load would take here, and whether they would do. Raises as a pull does, without the weights."""
+    meta, files, listing = await _subject(body)
+    meta = msgspec.structs.replace(meta, trust_remote_code=meta.trust_remote_code or body.trust_remote_code)
+    if body.quantize != "auto":
+        meta.preferred_quantized, meta.memory_bytes = body.quantize == "4bit", None
+    wanted = body.context_length or min(meta.context_length or MAX_CONTEXT_LENGTH, MAX_CONTEXT_LENGTH)
+    needed = sum(file["size_bytes"] - file["cached_bytes"] for file in files)
+    disk, full, lacking = await _disk_plan(needed, listing.folder if listing else Path(meta.local_path), meta.name)
+    quantization = _decided_quantization(meta)
+    planned = [await asyncio.to_thread(plan_rung, meta, backend, quantization, wanted) for backend in rungs(meta)]
+    chosen = next((rung for rung in planned if rung["fits"]), None)
+    cache = context_bytes(meta, (chosen or planned[-1])["backend"], 1024)
+    shown: Json = {"model": meta.name, "revision": meta.revision, "files": files, "download_bytes": needed}
+    shown |= {"license": meta.license or (listing.license if listing else ""), "context_length": wanted}
+    shown |= {"cached_bytes": sum(file["cached_bytes"] for file in files), "eta_seconds": expected_seconds(needed)}
+    shown |= {"disk": disk, "kv_bytes_per_1k_tokens": cache, "rungs": planned, "serves": None, "evicts": []}
+    if full:
+        return shown | {"reason": full, "nearest": f"free {lacking} bytes of the disk"}
+    if chosen is None:
+        why = "; ".join(f"{rung['backend']}: {rung['reason']}" for rung in planned)
+        return shown | {"reason": why, "nearest": await asyncio.to_thread(_nearest, meta, listing, planned, wanted)}
+    served = {name: chosen[name] for name in ("backend", "quantization", "context_length")}
+    evicted = [engine.spec.model for engine in await asyncio.to_thread(would_leave, meta, chosen["total_bytes"])]
+    return shown | {"serves": served, "evicts": evicted, "reason": chosen["reason"], "nearest": None}
+
+
+async def _disk_plan(needed: int, folder: Path, name: str) -> tuple[Json, str, int]:
+    """What a download leaves of the disk, why a pull would be refused, and how many bytes it lacks."""
+    wish, full, free = Job("", name), "", await asyncio.to_thread(disk_of, folder) + DISK_RESERVE
+    try:
+        await make_sure_of_room(needed, folder, wish)
+    except DiskFull as error:
+        full = str(error) if needed else ""  # what is here stays here
+    shown: Json = {"free_bytes": free, "free_after_bytes": free - needed, "reserve_bytes": DISK_RESERVE}
+    left = min(free - DISK_RESERVE, DISK_QUOTA - held_bytes() if DISK_QUOTA else free) - promised_bytes(wish)
+    return shown | {"fits": not full}, full, needed - left
+
+
+async def _subject(body: PlanBody) -> Subject:
+    """What is here of a model, else what the Hub tells within PLAN_SECONDS. Raises a ServerError."""
+    with suppress(ModelNotFound):
+        meta = base_of(find_model(body.model))
+        if body.revision in (None, meta.revision):
+            return meta, await asyncio.to_thread(_files_of, meta), None
+    job = job_of(body)
+    source = _source_of(job)
+    if source.repo is None:
+        meta = await asyncio.to_thread(lambda: describe_model(source, *_packaged_files(source)))
+        return meta, await asyncio.to_thread(_files_of, meta), None
+    try:
+        async with asyncio.timeout(PLAN_SECONDS):
+            return await asyncio.to_thread(_remote_subject, source, await hub_listing(source), job)
+    except TimeoutError as error:
+        raise Stalled(f"The Hub took over {PLAN_SECONDS:.0f} s. Check the network and try again.") from error
+
+
+def _files_of(meta: ModelMeta) -> list[Json]:
+    path = Path(meta.local_path)
+    files = weight_files(meta) if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    sizes = [(file.relative_to(files[0].parent if path.is_file() else path), file.stat().st_size) for file in files]
+    return [{"name": name.as_posix(), "size_bytes": size, "cached_bytes": size} for name, size in sizes]
+
+
+def _remote_subject(source: ModelSource, listing: Listing, job: Job) -> Subject:
+    """Read the heads of a repository's files in a folder that looks like the model. Raises a ServerError. Blocking."""
+    files = chosen_files(listing, source, job)
+    ggufs = sorted(file.name for file in files if re.fullmatch(r"(?i)(?!.*mmproj).*\.gguf", file.name))
+    kinds = re.compile(rf"[^/]+\.safetensors|{PICKLED.pattern}")
+    weights = [file for file in files if file.name in ggufs or kinds.fullmatch(file.name)]
+    shards = sorted(weights, key=lambda file: file.name)[: 1 if ggufs else PLANNED_SHARDS]
+    sides = [file for file in files if file.name in ("config.json", "adapter_config.json", "modules.json")]
+    try:
+        with tempfile.TemporaryDirectory(prefix="ai-server-plan-") as folder:
+            for file in [*sides, *shards]:
+                _sketch(Path(folder, Path(file.name).name), file, listing)
+            path = Path(folder, Path(ggufs[0]).name) if ggufs else Path(folder)
+            meta = describe_model(source, path, listing.revision, job.allow_pickle)
+    except BadModelFiles as error:
+        cause = re.sub(r"Pull (it|the model) again\.$", "Choose another model or revision.", str(error))
+        raise BadModelFiles(f"{listing.repo} on the Hub: {cause}") from error
+    except OSError as error:
+        raise Unavailable(f"A temporary file cannot be written ({error.strerror}): free some space.") from error
+    meta.size_bytes = sum(file.size for file in weights)
+    meta.parameter_count = meta.parameter_count * meta.size_bytes // max(1, sum(file.size for file in shards))
+    sizes = [(file.name, file.size, bytes_here(listing, file)) for file in files]
+    return meta, [dict(zip(("name", "size_bytes", "cached_bytes"), one, strict=True)) for one in sizes], listing
+
+
+def _sketch(path: Path, file: RemoteFile, listing: Listing) -> None:
+    """Write a small file as it is, and of weights the head, with nothing or a hole behind it. Blocking."""
+    order = Fetch(listing.repo, listing.revision, [], str(listing.folder), listing.endpoint, listing.token)
+    head = functools.partial(Download(order, lambda _: None).head, file)
+    if path.suffix.lower() == ".gguf":
+        path.write_bytes(_gguf_head(path, file.size, head))
+        return
+    data = head({".json": MEBIBYTE, ".safetensors": SHARD_HEAD_BYTES}.get(path.suffix, 0))
+    length = 8 + int.from_bytes(data[:8], "little")
+    if path.suffix == ".safetensors" and len(data) < length <= min(file.size, MAX_SAFETENSORS_HEADER_BYTES):
+        data = head(length)
+    with path.open("wb") as output:
+        output.write(data)
+        output.truncate(file.size)
+
+
+def _gguf_head(path: Path, whole: int, head: Callable[[int], bytes]) -> bytes:
+    """A GGUF file of its own made of one's first pairs, up to the tokens, whose list is long. Blocking."""
+    for size in (GGUF_HEAD_BYTES, 4 * GGUF_HEAD_BYTES, 16 * GGUF_HEAD_BYTES):
+        data = head(size)
+        if size >= whole:
+            return data
+        path.write_bytes(data)
+        reader = GGUFReader(path, whole)
+        if any(name.startswith("tokenizer.") for name in reader.metadata):
+            return data[:8] + struct.pack("<QQ", 0, reader.pairs) + data[24 : reader.end]
+    raise BadModelFiles(f"{path.name} says nothing of its tokens where it should. Pull the model again.")
+
+
+def expected_seconds(size: int) -> float | None:
+    """How long a download would take at the mean speed of earlier ones; None while there was none worth counting."""
+    past = [job for job in jobs.values() if job.bytes_fetched > 8 * MEBIBYTE and job.fetch_seconds]
+    speed = sum(job.bytes_fetched for job in past) / sum(job.fetch_seconds for job in past) if past else 0.0
+    return size / speed if speed else None if size else 0.0
+
+
+def would_leave(meta: ModelMeta, need: int) -> list[EngineProcess]:
+    """Which models would make room for one of `need` bytes, in the order in which they would go."""
+    gone, free = list[EngineProcess](), free_bytes()
+    while meta.name not in model_cache:
+        awake = [engine for engine in model_cache.values() if not engine.asleep and engine not in gone]
+        crowded, missing = len(awake) >= MAX_CACHE_MODELS, need - free - sum(map(_held_bytes, gone))
+        victim = _choose_victim(missing, crowded, *gone) if crowded or missing > 0 else None
+        if victim is None:
+            break
+        gone.append(victim)
+    return gone
+
+
+def plan_rung(meta: ModelMeta, backend: str, quantization: str, wanted: int) -> Json:
+    """What a model would take on one engine with a context, and why that would not do. Blocking."""
+    weights, cache, overhead = memory_needs(meta, backend, quantization, wanted)
+    idle = [engine for engine in model_cache.values() if engine.pins == 0 or engine.spec.model == meta.name]
+    available = free_bytes() + sum(_held_bytes(engine) for engine in idle if not engine.asleep)
+    total, room = weights + cache + overhead, available - weights - overhead
+    if backend == "vllm":  # its cache is reserved, whatever is wanted of it
+        room = cache if room >= cache else -1
+    longest = min(wanted, meta.context_length or wanted, MAX_CONTEXT_LENGTH if backend == "llama.cpp" else wanted)
+    longest = max(
+        0, bisect.bisect_right(range(longest + 1), room, key=lambda size: context_bytes(meta, backend, size)) - 1
+    )
+    reason = _refusal(meta, backend, quantization)
+    if not reason and total > available:
+        reason = f"{total} bytes are needed, and {available} are free or held by idle models"
+    if not reason and wanted > longest:
+        reason = f"the longest context here is {longest} (the model's, MAX_CONTEXT_LENGTH, what KV_CACHE_BYTES holds)"
+    fits = not reason
+    if fits and purpose_of(meta) == "completion" and not context_bytes(meta, backend, 1):
+        reason = "an estimate: the files do not say what the KV cache takes"
+    if fits and meta.family in LATENT_FAMILIES and backend in ("transformers", "pipeline"):
+        reason = "an estimate: this engine does not keep latent vectors, and its KV cache is many times as large"
+    shown: Json = {"backend": backend, "quantization": meta.stored_quantization or quantization, "fits": fits}
+    shown |= {"weights_bytes": weights, "kv_bytes": cache, "overhead_bytes": overhead, "total_bytes": total}
+    shown |= {"device": "cuda" if gpu_devices() else "cpu", "available_bytes": available}
+    return {**shown, "context_length": longest, "reason": reason}
+
+
+def _refusal(meta: ModelMeta, backend: str, quantization: str) -> str:
+    """Why a rung would refuse, whatever memory it had: what is known without trying, and what the last try showed."""
+    if meta.adapter_of:
+        return f"a LoRA adapter, which takes little beside {meta.adapter_of}: plan that"
+    known = (rung.reason for rung in meta.ladder if (rung.backend, rung.kind) == (backend, RungRefused.kind))
+    fresh = msgspec.structs.replace(meta, ladder=[])
+    return cheap_refusal(fresh, backend, quantization) or _ungranted(meta, backend) or next(known, "")
+
+
+def _nearest(meta: ModelMeta, listing: Listing | None, planned: list[Json], wanted: int) -> str | None:
+    """What would fit where nothing does: other weights, a shorter context, a smaller file, or more free memory."""
+    able, ways = [rung for rung in planned if not _refusal(meta, rung["backend"], "none")], list[str]()
+    for rung in able if not meta.stored_quantization else ():
+        name, other = ("4bit", "4bit-nf4") if rung["quantization"] == "none" else ("none", "none")
+        ways += [f'{{"quantize": "{name}"}}'] if plan_rung(meta, rung["backend"], other, wanted)["fits"] else []
+    shorter = (rung["context_length"] for rung in able)
+    ways += [f'{{"context_length": {length}}}' for length in shorter if SHORTEST_CONTEXT <= length < wanted]
+    missing = min((rung["total_bytes"] - rung["available_bytes"] for rung in able), default=0)
+    if listing is not None and meta.format == "gguf":
+        ways += [name for name, size in _tagged_files(listing) if size <= meta.size_bytes - missing]
+    return ways[0] if ways else f"free {missing} bytes of memory" if missing > 0 else None
+
+
+def _tagged_files(listing: Listing) -> list[tuple[str, int]]:
+    """The GGUF files of a repository by names to pull them by, the largest first."""
+    sizes = defaultdict[str, int](int)
+    for file in listing.files.values():
+        tag = re.search(r"(?i)(?:^|[^a-z0-9])((?:iq|q|tq)\d\w*|mxfp4|b?f16|f32)(?=[^a-z0-9_].*gguf$)", file.name)
+        if tag and "mmproj" not in file.name.lower():
+            sizes[f"{listing.repo}:{tag[1]}"] += file.size
+    return sorted(sizes.items(), key=operator.itemgetter(1), reverse=True)
 
 
 ###############################################################################
@@ -7827,6 +8187,13 @@ async def pull(request: Request) -> Response:
     headers = ignored_header(tuple(body.model_extra or {}))
     job, new = await request_pull(body)
     return JSONReply(msgspec.to_builtins(job), 202 if new else 200, {"Location": f"/jobs/{job.id}", **headers})
+
+
+@app.post("/plan", openapi_extra=_body_schema(PlanBody))
+async def plan(request: Request) -> Response:
+    """What a model would take of disk and memory here, and which engine would serve it; no weights are fetched."""
+    body = validated(PlanBody, await read_json(request))
+    return JSONReply(await plan_model(body), 200, ignored_header(tuple(body.model_extra or {})))
 
 
 @app.get("/jobs")

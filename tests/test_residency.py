@@ -631,18 +631,30 @@ def test_a_prediction_is_what_the_engine_will_reserve(pipeline: int) -> None:
 
 @FINE
 @given(
-    WEIGHTS, st.integers(0, 10**6), st.integers(0, 10**7), st.sampled_from(["transformers", "pipeline", "llama.cpp"])
+    WEIGHTS, st.integers(0, 10**6), st.integers(1, 10**7), st.sampled_from(["transformers", "pipeline", "llama.cpp"])
 )
 def test_prediction_without_a_reserved_cache(size: int, per_token: int, context: int, backend: str) -> None:
-    """Weights, one context of cache and some room; what a load on the same engine has shown wins."""
+    """Weights, one context of cache (llama.cpp: two) and some room; what a load on the same engine has shown wins."""
     meta = app.ModelMeta("m", "test", "/", size_bytes=size, kv_bytes_per_token=per_token, context_length=context)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app, "gpu_devices", lambda: [])
+        patch.setattr(app, "_cpu_has_bfloat16", lambda: True)
         predicted = app.predicted_bytes(meta, backend, "none")
-        assert predicted > size + per_token * min(context, app.MAX_CONTEXT_LENGTH)
-        meta.memory_bytes, meta.last_backend = 12345, backend
-        assert app.predicted_bytes(meta, backend, "none") == 12345
-        assert app.predicted_bytes(meta, "vllm", "none") != 12345
+        cache = per_token * min(context, app.MAX_CONTEXT_LENGTH)
+        assert predicted - app.CPU_OVERHEAD_BYTES[backend] == size + (2 if backend == "llama.cpp" else 1) * cache
+        meta.memory_bytes, meta.last_backend = size + 10**12, backend
+        grows = 0 if backend == "llama.cpp" else cache  # what it had then was before the first token
+        assert app.predicted_bytes(meta, backend, "none") == size + 10**12 + grows
+        assert app.predicted_bytes(meta, "vllm", "none") < 10**12 + size
+
+
+def test_a_prediction_never_counts_on_weights_that_were_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU transformers maps its files: after a load less is resident than a request will need."""
+    monkeypatch.setattr(app, "gpu_devices", lambda: [])
+    meta = app.ModelMeta("m", "test", "/", size_bytes=10**10)
+    fresh = app.predicted_bytes(meta, "transformers", "none")
+    meta.memory_bytes, meta.last_backend = 10**9, "transformers"
+    assert app.predicted_bytes(meta, "transformers", "none") == fresh
 
 
 # -- what a pull leaves true --------------------------------------------------
