@@ -7158,9 +7158,9 @@ OVERHEAD_BYTES = 512 * MEBIBYTE  # of other engines on a GPU
 # Libraries, buffers and activations on a CPU: what the peaks of small models (docs/models.md) leave.
 CPU_OVERHEAD_BYTES = {
     "llama.cpp": 130 * MEBIBYTE,  # measured: 129
-    "transformers": 850 * MEBIBYTE,  # 843 with a prompt of 6,000 tokens
+    "transformers": 850 * MEBIBYTE,  # 818 to 889 with a prompt of 6,000 tokens
     "pipeline": 850 * MEBIBYTE,  # not measured: the same libraries
-    "sentence-transformers": 670 * MEBIBYTE,  # 668 with a batch of 32
+    "sentence-transformers": 700 * MEBIBYTE,  # 668 to 733 with a batch of 32
     "vllm": 2150 * MEBIBYTE,  # 2,156 in its three processes
 }
 

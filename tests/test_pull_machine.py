@@ -36,7 +36,7 @@ from pulltools import (
 )
 
 STATUSES = {"queued", "running", "paused", *FINAL}
-REPOSITORIES = {name: model(2 * SEGMENT, seed=60 + at, **{"t.json": b"{}"}) for at, name in enumerate(("m/a", "m/b"))}
+REPOSITORIES = {name: model(2 * SEGMENT, seed=60 + at) | {"t.json": b"{}"} for at, name in enumerate(("m/a", "m/b"))}
 names = st.sampled_from(sorted(REPOSITORIES))
 picks = st.integers(min_value=0, max_value=7)
 

@@ -490,7 +490,7 @@ def digest_name(content: bytes) -> str:
 
 def test_p9_one_flipped_byte_costs_one_more_fetch(pulls: Server, stub: HubStub) -> None:
     """A byte that was wrong once: the file alone begins anew, and the job succeeds."""
-    files = model(3 * SEGMENT, seed=7, **{"tokenizer.json": b"{}"})
+    files = model(3 * SEGMENT, seed=7) | {"tokenizer.json": b"{}"}
     stub.add("p9/once", files)
     stub.fault("flip", "/p9/once/resolve/*.safetensors", at_bytes=9)
     right(pulls, succeeded(pulls, "p9/once"), files)
@@ -1000,7 +1000,7 @@ def test_files_of_every_shape(pulls: Server, stub: HubStub) -> None:
 def test_two_revisions_share_what_is_equal(pulls: Server, stub: HubStub) -> None:
     """The second fetches only what is new; deleting one leaves the other whole."""
     stub.add("shared/model", model(seed=31), revision="v1")
-    changed = model(seed=31, **{"tokenizer.json": b"{}"})
+    changed = model(seed=31) | {"tokenizer.json": b"{}"}
     stub.add("shared/model", changed, revision="v2")
     succeeded(pulls, "shared/model@v1")
     job = succeeded(pulls, "shared/model@v2")
@@ -1043,7 +1043,7 @@ def test_other_tools_find_what_was_pulled(pulls: Server, stub: HubStub) -> None:
 
 def test_what_other_tools_fetched_is_not_fetched_again_but_hashed(pulls: Server, stub: HubStub) -> None:
     """A right file costs no byte, a damaged one is replaced; both were put there by huggingface_hub."""
-    files = model(SEGMENT, seed=32, **{"tokenizer.json": b"{}"})
+    files = model(SEGMENT, seed=32) | {"tokenizer.json": b"{}"}
     stub.add("tools/theirs", files)
     _, path, _ = other_tool(pulls, "tools/theirs", "online")
     before = served(stub, "tools/theirs")
@@ -1086,7 +1086,7 @@ def test_verify_fetches_the_damaged_file_and_no_other(
     """A flipped byte, a short file, a missing one: the job names it as repaired; a sound model costs no byte."""
     repository, files = (
         f"verify/{damage.__name__}-{name[:5]}",
-        model(SEGMENT, seed=33, **{"tokenizer.json": b'{"b": 2}'}),
+        model(SEGMENT, seed=33) | {"tokenizer.json": b'{"b": 2}'},
     )
     stub.add(repository, files)
     path = Path(succeeded(pulls, repository)["local_path"])
@@ -1169,6 +1169,7 @@ def test_partials_are_listed_and_cleaned(stub: HubStub, tmp_path: Path) -> None:
     with make_server(stub, tmp_path, MODELS_FILE=str(catalogue)) as server:
         gone = accepted(server, "left/orphan")
         stalled(stub, 3)
+        wait_until(lambda: server.client.get("/partials").json()["bytes"] >= SEGMENT, what="a segment on the disk")
         server.client.delete(f"/jobs/{gone}")
         stays = accepted(server, "shop:1b")
         stalled(stub, 3)
