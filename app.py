@@ -7154,7 +7154,7 @@ def compute_threads(backend: str = "llama.cpp") -> int:
 
 ENGINE_OVERHEAD_BYTES = 2048 * MEBIBYTE  # activations, CUDA graphs and contexts beside weights and KV cache
 SMALLEST_KV_CACHE_BYTES = 256 * MEBIBYTE
-OVERHEAD_BYTES = 512 * MEBIBYTE  # of other engines on a GPU
+OVERHEAD_BYTES = 1000 * MEBIBYTE  # of other engines on a GPU; measured with 6,000 tokens: 937 and 1,062
 # Libraries, buffers and activations on a CPU: what the peaks of small models (docs/models.md) leave.
 CPU_OVERHEAD_BYTES = {
     "llama.cpp": 130 * MEBIBYTE,  # measured: 129
