@@ -6156,9 +6156,8 @@ async def _run_worker(fetch: Fetch, job: Job) -> Fetched:
         _share_bandwidth()
         async for report in child.reports():
             match report:
-                case Progress():
-                    if first is None:
-                        began, first = time.monotonic(), report.bytes_done
+                case Progress():  # the first one comes when the worker has found out what is here
+                    began, first = (time.monotonic(), report.bytes_done) if first is None else (began, first)
                     await _update_job(job, durable=False, **_progress_of(report, first, began, before))
                 case Refused(kind, message, details):
                     error = error_of(kind, message)
@@ -6490,18 +6489,18 @@ class Partial:
             while view:
                 view = view[self._data.write(view) :]
 
-    def fill(self, segment: int, offset: int, data: bytes) -> bool:
-        """Write bytes of a segment; false, and nothing is written, if somebody else was faster. Raises OSError."""
+    def fill(self, segment: int, offset: int, data: bytes) -> int:
+        """Write bytes of a segment, and return how many: none, if somebody else was faster. Raises OSError."""
         with self._changed:
-            missing = not (self.closed or self.states[segment])
-            if missing:
-                self.write(offset, data)
-            return missing
+            if self.closed or self.states[segment]:
+                return 0
+            self.write(offset, data)
+            return len(data)
 
     def mark(self, segment: int, state: int) -> None:
         """Say that a segment is written or synced, unless that is known. Raises as `write` does."""
         with self._changed:
-            if self.states[segment] >= state:
+            if self.closed or self.states[segment] >= state:
                 return
             self.write(self.file.size + segment, bytes([state]))
             self.states[segment] = state
@@ -6713,10 +6712,9 @@ class Download:
         while not (at >= end or partial.states[segment] or self._stopped.is_set()):
             try:
                 for data in self._receive(partial, at, end):
-                    if not partial.fill(segment, at, data):
-                        return
-                    at, failures = at + len(data), 0
-                    self._count(partial, len(data))
+                    size = partial.fill(segment, at, data)
+                    at, failures = at + size, 0
+                    self._count(partial, size)
                 if at < end and not (partial.states[segment] or self._stopped.is_set()):
                     raise HubUnreachable(f"{partial.file.name} ended before its end. Check the network and pull again.")
             except (ServerError, urllib3.exceptions.HTTPError) as error:
@@ -6754,9 +6752,8 @@ class Download:
                 data = response.read(end - begin, decode_content=False)
                 if len(data) < end - begin or self._stopped.is_set():
                     return
-                if partial.fill(segment, begin, data):
-                    self._count(partial, len(data))
-                    partial.mark(segment, 1)
+                self._count(partial, partial.fill(segment, begin, data))
+                partial.mark(segment, 1)
 
     def _ask(self, partial: Partial, at: int, end: int, anew: bool = False) -> urllib3.BaseHTTPResponse:
         """Send a request for these bytes, follow redirects, judge the answer. Raises ServerError, BeginAnew."""

@@ -157,19 +157,25 @@ def folder_of(cache: Path, repository: str) -> Path:
     return cache / ("models--" + repository.replace("/", "--"))
 
 
-def digest_of(path: Path, length: int) -> str:
-    """The digest by which a blob is named: sha256, or git's id; its name if it went just now."""
+def digest_of(path: Path) -> str:
+    """The digest of a blob, of the kind that it is named by: sha256, or git's id; its name if it went just now."""
     try:
-        content = path.read_bytes()
+        facts = path.stat()
+        return _digest_at(path, facts.st_ino, facts.st_mtime_ns, facts.st_size)
     except FileNotFoundError:
         return path.name
-    return hashlib.sha256(content).hexdigest() if length == 64 else git_blob_id(content)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _digest_at(path: Path, *_: int) -> str:
+    content = path.read_bytes()
+    return hashlib.sha256(content).hexdigest() if len(path.name) == 64 else git_blob_id(content)
 
 
 def wrong_bytes(cache: Path) -> list[str]:
     """Every file that others can see and that has not the digest of its name; none is what is promised."""
     blobs = (path for path in cache.glob("models--*/blobs/*") if not path.name.endswith(".incomplete"))
-    wrong = [str(path) for path in blobs if digest_of(path, len(path.name)) != path.name]
+    wrong = [str(path) for path in blobs if digest_of(path) != path.name]
     links = (path for path in cache.glob("models--*/snapshots/*/**/*") if not path.is_dir())
     return wrong + [str(path) for path in links if not path.is_symlink() or not path.exists()]
 

@@ -367,7 +367,7 @@ def test_p6_a_killed_server_goes_on_by_itself_and_fetches_8_mib_again_at_most(
         right(server, job, large)
         again = served(hub, "p6/large")["model.safetensors"] - len(large["model.safetensors"])
         assert 0 <= again <= 8 * MEBIBYTE
-        assert min(first for first, _ in ranges(hub, "p6/large")[54:]) >= 50 * SEGMENT
+        assert min(first for first, _ in ranges(hub, "p6/large")[54:]) >= 50 * SEGMENT - 8 * MEBIBYTE
 
 
 # -- P7: answers that change --------------------------------------------------
@@ -720,22 +720,19 @@ def test_p13_a_refusal_is_told_apart_and_not_repeated(
     absent(pulls, "p13/refused")
 
 
-@pytest.mark.parametrize("path", ["/api/models/p13/busy*", "/p13/busy/resolve/*.safetensors"])
+@pytest.mark.parametrize("path", ["/api/models/p13/list*", "/p13/file/resolve/*.safetensors"])
 def test_p13_the_hub_says_how_long_to_wait(pulls: Server, stub: HubStub, path: str) -> None:
-    """429 with Retry-After 7: nothing is asked for in 7 s, the job says why, and then it succeeds."""
-    stub.add("p13/busy", model())
-    if pulls.client.get("/models/p13/busy").status_code == 200:
-        pulls.client.delete("/models/p13/busy")
-    fault = stub.fault("status", path, status=429, seconds=7)
-    began, job_id = time.monotonic(), accepted(pulls, "p13/busy")
-    fault = stub.fault("status", path, status=429, seconds=7) if "api" in path else fault
-    waiting = wait_until(lambda: job_of(pulls, job_id)["waiting_for"], what="the wait")
-    assert "429" in waiting
-    asked = len(stub.asked("*p13/busy*"))
+    """429 with Retry-After 7: the job says what it waits for, and needs 7 s at least."""
+    repository, times = ("p13/list", 2) if "api" in path else ("p13/file", 1)  # a listing is asked for before the job
+    stub.add(repository, model())
+    fault = stub.fault("status", path, status=429, seconds=7, times=times)
+    began = time.monotonic()
+    job_id = accepted(pulls, repository)
+    assert "429" in wait_until(lambda: job_of(pulls, job_id)["waiting_for"], what="the wait")
     job = pulls.finished(job_id)
-    assert job["status"] == "succeeded", job
     assert time.monotonic() - began >= 7
-    assert len(stub.asked("*p13/busy*")) > asked
+    assert (fault.used, job["attempts"], job["waiting_for"]) == (times, 1, "")
+    right(pulls, job, model())
 
 
 def test_p13_errors_of_the_hub_pass(stub: HubStub, tmp_path: Path) -> None:
@@ -969,12 +966,10 @@ def test_m3_a_grant_is_for_one_commit(pulls: Server, stub: HubStub) -> None:
     entry = pulls.client.get("/models/m3/code").json()
     assert (entry["trust_remote_code"], entry["revision"]) == (True, first)
     assert (Path(job["local_path"]) / "modeling.py").read_bytes() == b"first"
-    succeeded(pulls, "m3/code")
+    path = Path(succeeded(pulls, "m3/code")["local_path"])
     entry = pulls.client.get("/models/m3/code").json()
     assert (entry["trust_remote_code"], entry["revision"]) == (False, second)
-    assert not (
-        Path(entry["path"] if "path" in entry else job["local_path"]).with_name(second) / "modeling.py"
-    ).exists()
+    assert (path.name, (path / "modeling.py").exists()) == (second, False)
 
 
 # -- files of all kinds -------------------------------------------------------
@@ -1149,8 +1144,9 @@ def test_the_bandwidth_is_shared_and_never_exceeded(stub: HubStub, tmp_path: Pat
     for number in range(2):
         stub.add(f"room/slow{number}", files[number])
     with make_server(stub, tmp_path, PULL_BANDWIDTH=str(limit)) as server:
-        began = time.monotonic()
         ids = [accepted(server, f"room/slow{number}") for number in range(2)]
+        assert stub.wait(lambda: served(stub, "room/slow0") or served(stub, "room/slow1"))
+        began = time.monotonic()
         for number, job_id in enumerate(ids):
             right(server, server.finished(job_id), files[number])
         assert time.monotonic() - began >= 5 * MEBIBYTE / limit * 0.8
