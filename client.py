@@ -439,11 +439,10 @@ def jobs_table(jobs: list[Json]) -> "Table":
 
 def partials_table(partials: list[Json]) -> "Table":
     """What unfinished downloads have left, one file a line."""
-    made = table("REPOSITORY", "FILE", "HERE", "SIZE", "CHANGED", "JOB", numbers=("HERE", "SIZE"))
+    made = table("REPOSITORY", "FILE", "HERE", "CHANGED", "JOB", numbers=("HERE",))
     for each in partials:
-        sizes = [size(each.get("bytes_done")), size(each.get("size_bytes"))]
         words = [cell(each.get(name)) for name in ("modified_at", "job_id")]
-        made.add_row(cell(each.get("repo")), cell(each.get("file")), *sizes, *words)
+        made.add_row(cell(each.get("repo")), cell(str(each.get("file"))[:16]), size(each.get("bytes")), *words)
     return made
 
 

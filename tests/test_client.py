@@ -579,11 +579,11 @@ def test_an_id_is_one_part_of_the_path(run: Run, fake: FakeServer) -> None:
 
 def test_partials_are_listed(run: Run, fake: FakeServer) -> None:
     """One line each, and how much all of them hold."""
-    each = {"repo": "org/model", "file": "a.gguf", "bytes_done": 8_388_608, "size_bytes": 200_000_000, "job_id": None}
+    each = {"repo": "org/model", "file": "0123456789abcdef" * 4, "bytes": 8_388_608, "job_id": None}
     fake.answer("GET /partials", {"partials": [each], "bytes": 8_388_608})
     ended = run("partials")
     assert (ended.code, ended.err) == (0, "")
-    assert re.search(r"^org/model +a\.gguf +8\.39 MB +200 MB +- +- *$", ended.out, re.MULTILINE)
+    assert re.search(r"^org/model +0123456789abcdef +8\.39 MB +- +- *$", ended.out, re.MULTILINE)
     assert "8.39 MB in all" in ended.out
     fake.answer("GET /partials", {"partials": [], "bytes": 0})
     assert run("partials") == (0, "No partial downloads.\n", "")
