@@ -127,7 +127,7 @@ import types
 import urllib.request
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, aclosing, asynccontextmanager, closing, suppress
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -826,13 +826,13 @@ class Store:
 model_cache: "OrderedDict[str, EngineProcess]" = OrderedDict()  # the LRU; written by _cache_model and _drop_engine
 standbys: "dict[str, Standby]" = {}  # by engine; written by keep_standbys, _child_for and unload_all
 model_meta: dict[str, ModelMeta] = {}  # written by _remember_model, delete_model and restore_state
-failed_loads: dict[str, tuple[float, str]] = {}  # monotonic seconds, why; by _record_failed_load and _clear_failures
+failed_loads: dict[str, tuple[float, str]] = {}  # monotonic seconds, why; by _load and _clear_failures
 engine_deaths: dict[str, deque[float]] = {}  # monotonic seconds; written by _record_death and _clear_failures
 loads_in_progress: dict[str, "asyncio.Task[EngineProcess]"] = {}  # written by load_model
 jobs: dict[str, Job] = {}  # written by create_job, _update_job and restore_state
 job_tasks: dict[str, "asyncio.Task[None]"] = {}  # written by _start_job
 pull_workers: "set[ChildProcess]" = set()  # written by _run_worker
-listings: "dict[tuple[str, str | None], asyncio.Task[Listing]]" = {}  # requests to the Hub under way; by hub_listing
+listings: "dict[tuple[str, str | None], Future[Listing]]" = {}  # requests to the Hub under way; by hub_listing
 job_lock = asyncio.Lock()  # one new job at a time
 files_lock = asyncio.Lock()  # who remembers a model by its files, and who removes files that no model has
 job_changed = Signal()  # fired by _update_job
@@ -1654,6 +1654,8 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     file: str
     attempts: int = 0
     waiting_for: str = ""
+    bytes_fetched: int = 0
+    fetch_seconds: float = 0.0
 
 
 class Fetched(msgspec.Struct, frozen=True, tag=True):
@@ -5278,13 +5280,8 @@ def catalogue() -> dict[str, tuple[str, CatalogueEntry]]:
 def imported() -> dict[str, tuple[str, CatalogueEntry]]:
     """What the operator has registered with `ai-server import`, by name in lower case. Raises Unavailable."""
     path = STATE_DIR / "imports.json"
-    return _read_imports(path, path.stat().st_mtime_ns) if path.exists() else {}
-
-
-@functools.lru_cache(maxsize=1)
-def _read_imports(path: Path, _changed_ns: int) -> dict[str, tuple[str, CatalogueEntry]]:
     try:
-        entries = msgspec.json.decode(path.read_bytes(), type=dict[str, CatalogueEntry])
+        entries = msgspec.json.decode(path.read_bytes() if path.exists() else b"{}", type=dict[str, CatalogueEntry])
     except (OSError, msgspec.MsgspecError) as error:
         raise Unavailable(f"The file {path.name} of imported models cannot be read: {error}") from error
     return {name.lower(): (name, entry) for name, entry in entries.items()}
@@ -5298,9 +5295,8 @@ def resolve_name(raw: str, revision: str | None = None) -> ModelSource:
     found = found or imported().get(lowered)
     if found is not None:
         name, entry = found
-        repo = entry.repo or (
-            None if entry.package or entry.parts or entry.path else name
-        )  # a Hub id may have an entry of its own
+        elsewhere = entry.package or entry.parts or entry.path
+        repo = entry.repo or (None if elsewhere else name)  # a Hub id may have an entry of its own
         if revision is not None and repo is None:
             raise BadRequest(f"Field 'revision': {name} does not come from the Hub and has no revisions.")
         return ModelSource(name, repo, revision or entry.revision, entry=entry)
@@ -5416,6 +5412,7 @@ class GGUFReader:
 
     def __init__(self, path: Path, size: int = 0) -> None:
         self.metadata, self.parameter_count, self.pairs, self.end = Json(), 0, 0, 0
+        self.lists: set[str] = set()  # the names of metadata that are lists
         try:
             here = path.stat().st_size
             self._size = size or here
@@ -5434,10 +5431,12 @@ class GGUFReader:
 
     def _read_pairs(self, count: int, here: int) -> None:
         while self.pairs < count:
-            name, value = self._text(), self._value(*self._read("I"))
+            name, (kind,) = self._text(), self._read("I")
+            value = self._value(kind)
             if (end := self._file.tell()) > here:  # a list that was passed over
                 raise struct.error
             self.metadata[name], self.end, self.pairs = value, end, self.pairs + 1
+            self.lists.update([name] if kind == 9 else [])
 
     def _read(self, form: str) -> tuple[Any, ...]:
         return struct.unpack(f"<{form}", self._file.read(struct.calcsize(f"<{form}")))
@@ -5649,21 +5648,18 @@ PICKLED = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin")
 DUPLICATE = re.compile(r"(original|onnx|openvino|metal)/|(.*/)?consolidated")  # the same weights, for another runtime
 
 
-def choose_files(
-    files: Iterable[str], tag: str | None, trust_remote_code: bool, allow_pickle: bool = False
-) -> list[str]:
+def choose_files(files: Iterable[str], tag: str | None, code: bool, pickle: bool = False) -> list[str]:
     """Choose what to fetch: one format, nothing twice, code and pickle if granted. Raises NotFound, UnsafeFormat."""
-    endings = (".safetensors", ".json", ".txt", ".model", ".tiktoken", ".jinja", *([".py"] * trust_remote_code))
+    endings = (".safetensors", ".json", ".txt", ".model", ".tiktoken", ".jinja", *([".py"] * code))
     snapshot = sorted(name for name in files if name.endswith(endings) and not DUPLICATE.match(name))
     ggufs = sorted(name for name in files if name.lower().endswith(".gguf"))
-    projectors = sorted(
-        (name for name in ggufs if "mmproj" in name.lower()), key=lambda name: "f16" not in name.lower()
-    )
+    projectors = [name for name in ggufs if "mmproj" in name.lower()]
+    projectors.sort(key=lambda name: "f16" not in name.lower())
     ggufs = [name for name in ggufs if name not in projectors]
     if tag is None and any(name.endswith(".safetensors") for name in snapshot):
         return snapshot
     if tag is None and not ggufs:
-        return sorted({*snapshot, *_pickled_weights(files, allow_pickle)})
+        return sorted({*snapshot, *_pickled_weights(files, pickle)})
     for word in ["Q4_K_M", "Q4_0", "Q8_0", ".*"] if tag is None else [re.escape(tag)]:  # as Ollama, Q4_K_M first
         hits = [name for name in ggufs if re.search(rf"(?i)(^|[^a-z0-9]){word}([^a-z0-9_]|$)", name)]
         if hits:
@@ -5736,21 +5732,13 @@ def _list_repository(repo: str, revision: str | None) -> Listing:
         files = [RemoteFile(str(name), int(size or 0), str(digest)) for name, size, digest in found]
         if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)) or not HUB_NAME.fullmatch(info.id):
             raise ValueError("no commit, or no name")
-    except (*_hub_errors(), OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _hub_problem(error) from error
+    except Exception as error:  # noqa: BLE001  (boundary 2: three libraries raise here, in a thread without a caller)
+        raise pull_problem(error, asked=True) from error
     check_names(files)
     folder = Path(constants.HF_HUB_CACHE, "models--" + info.id.replace("/", "--"))
     by_name = {file.name: file for file in files}
     license = next((tag[8:] for tag in info.tags or [] if tag.startswith("license:")), "")
     return Listing(info.id, str(info.sha), by_name, folder, constants.ENDPOINT.rstrip("/"), get_token() or "", license)
-
-
-def _hub_errors() -> tuple[type[Exception], type[Exception]]:
-    """What the HTTP library of huggingface_hub raises: httpx, or in later versions httpx2."""
-    from huggingface_hub import get_session
-
-    library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
-    return cast(type[Exception], library.HTTPError), cast(type[Exception], library.InvalidURL)
 
 
 def check_names(files: list[RemoteFile]) -> None:
@@ -5759,74 +5747,37 @@ def check_names(files: list[RemoteFile]) -> None:
         raise TooManyFiles(f"The repository has {len(files)} files; {MAX_REPOSITORY_FILES} is the most.")
     seen, folders = set[str](), set[str]()
     for file in files:
-        name, parts = file.name.lower(), file.name.split("/")
+        name, shown, parts = file.name.lower(), file.name[:80], file.name.split("/")
         odd = any(part in ("", ".", "..") or len(part.encode(errors="replace")) > 255 for part in parts)
         odd = odd or len(name) > MAX_NAME_LENGTH
         above = set(itertools.accumulate([] if odd else name.split("/")[:-1], "{}/{}".format))
         folders |= above
         odd = odd or name in seen or name in folders or bool(above & seen)
         if odd or re.search(r"[\\:\x00-\x1f\x7f\ud800-\udfff]", file.name):
-            raise UnsafeFilename(
-                f"The repository has a file with an unsafe name, {file.name[:80]!r}: nothing is fetched."
-            )
+            raise UnsafeFilename(f"The repository has a file with an unsafe name, {shown!r}: nothing is fetched.")
         if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", file.digest) or not 0 <= file.size < 2**62:
-            raise BadHubReply(f"The Hub gives {file.name[:80]} no digest or size that could be one. Pull again later.")
+            raise BadHubReply(f"The Hub gives {shown} no digest or size that could be one. Pull again later.")
         seen.add(name)
-
-
-def _hub_problem(error: Exception) -> ServerError:
-    """What a question to the Hub failed with, and what to do; no text of huggingface_hub's has the token in it."""
-    from huggingface_hub import errors as hub
-
-    name, reply = type(error).__name__, getattr(error, "response", None)
-    status = 403 if isinstance(error, hub.GatedRepoError) else getattr(reply, "status_code", None)
-    if isinstance(error, hub.RevisionNotFoundError):
-        return NotFound("The Hub has the model, but not this revision: check it, or pull without one.")
-    if isinstance(error, hub.HFValidationError):
-        return InvalidModelName(f"The Hub's client refuses this name: {error}")
-    if isinstance(error, hub.HfHubHTTPError) and status is not None:
-        told = urllib3.Retry().get_retry_after(cast(Any, reply))
-        return hub_refusal(status, told)
-    if name in ("TooManyRedirects", "UnsupportedProtocol", "RemoteProtocolError") and "edirect" in f"{name}{error}":
-        return BadRedirect("The Hub redirects in a circle. Check HF_ENDPOINT, or pull again later.")
-    if "CERTIFICATE" in str(error) or "SSL" in str(error):
-        return TLSFailed("The Hub's certificate cannot be verified: check the clock, HF_ENDPOINT and SSL_CERT_FILE.")
-    if isinstance(error, OSError) or "httpx" in type(error).__module__:
-        return HubUnreachable(f"The Hub cannot be reached ({name}). Check the network and pull again.")
-    return BadHubReply(
-        f"The Hub's answer is not what its protocol says ({name}). Check HF_ENDPOINT, or pull again later."
-    )
-
-
-async def in_daemon_thread(work: Callable[[], T]) -> T:
-    """Run what may hang on the network: it holds up neither the threads that others need nor the server's end."""
-    loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
-
-    def settle(result: Any, error: BaseException | None) -> None:
-        if not done.done():
-            done.set_exception(error) if error else done.set_result(result)
-
-    def run() -> None:
-        outcome: tuple[Any, BaseException | None]
-        try:
-            outcome = work(), None
-        except ServerError as error:
-            outcome = None, error
-        with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(settle, *outcome)
-
-    threading.Thread(target=run, daemon=True).start()
-    return cast(T, await done)
 
 
 async def hub_listing(source: ModelSource) -> Listing:
     """What the Hub lists for a source; questions that are asked at the same time are asked once. Raises ServerError."""
     assert source.repo is not None
     key = (source.repo, source.revision)
-    if (task := listings.get(key)) is None:
-        task = listings[key] = asyncio.create_task(in_daemon_thread(functools.partial(_list_repository, *key)))
-        task.add_done_callback(lambda _: listings.pop(key, None))
-    return await asyncio.shield(task)
+    if (answer := listings.get(key)) is None:
+        answer = listings[key] = Future()
+        answer.add_done_callback(lambda _: listings.pop(key, None))
+        answer.set_running_or_notify_cancel()  # who waits may leave; the question goes on
+        # A thread of its own may hang: it holds up neither the threads that others need nor the server's end.
+        threading.Thread(target=_ask_hub, args=(answer, *key), daemon=True).start()
+    return await asyncio.wrap_future(answer)
+
+
+def _ask_hub(answer: "Future[Listing]", repo: str, revision: str | None) -> None:
+    try:
+        answer.set_result(_list_repository(repo, revision))
+    except ServerError as error:
+        answer.set_exception(error)
 
 
 def bytes_here(listing: Listing, file: RemoteFile) -> int:
@@ -5861,37 +5812,33 @@ def promised_bytes(but: Job) -> int:
     return sum(max(0, (job.size_bytes or 0) - job.bytes_done) for job in running)
 
 
+async def free_and_left(folder: Path, wish: Job) -> tuple[int, int]:
+    """Bytes that a pull may write into a folder: what is free of its disk, and what is left of DISK_QUOTA."""
+    free = await asyncio.to_thread(disk_of, folder) - promised_bytes(wish)
+    return free, DISK_QUOTA - held_bytes() - promised_bytes(wish) if DISK_QUOTA else free
+
+
 async def make_sure_of_room(needed: int, folder: Path, wish: Job) -> None:
     """See that so many bytes fit on the disk and in DISK_QUOTA; delete models if that is wished. Raises DiskFull."""
     others = (meta for meta in removable_models() if not Path(meta.local_path).is_relative_to(folder))
-    victims = list(others) if wish.make_room else []
-    for at in range(len(victims) + 1):
-        free = await asyncio.to_thread(disk_of, folder) - promised_bytes(wish)
-        left = DISK_QUOTA - held_bytes() - promised_bytes(wish) if DISK_QUOTA else free
-        if needed <= max(0, min(free, left)):
-            return
-        if needed > min(free, left) + sum(victim.size_bytes for victim in victims[at:]):
-            break
-        log.info("Deleting %s, not used since %s, for %s", victims[at].name, victims[at].last_used_at, wish.model)
-        await delete_model(victims[at].name)
-    room, place = (free, "on the disk") if needed > free else (left, "of DISK_QUOTA")
-    what = f"{wish.model} needs {readable_bytes(needed)}, and there are {readable_bytes(max(0, room))} {place}"
-    raise DiskFull(f'{what}: free some space, or pull with {{"make_room": true}}, which deletes unused models.')
+    victims = deque(others if wish.make_room else ())
+    while needed > max(0, min(rooms := await free_and_left(folder, wish))):
+        if needed > min(rooms) + sum(victim.size_bytes for victim in victims):
+            room, place = (rooms[0], "on the disk") if needed > rooms[0] else (rooms[1], "of DISK_QUOTA")
+            what = f"{wish.model} needs {readable_bytes(needed)}, and there are {readable_bytes(max(0, room))} {place}"
+            raise DiskFull(f'{what}: free some space, or pull with {{"make_room": true}}, which deletes unused models.')
+        victim = victims.popleft()
+        log.info("Deleting %s, not used since %s, for %s", victim.name, victim.last_used_at, wish.model)
+        await delete_model(victim.name)
 
 
 def removable_models() -> list[ModelMeta]:
     """Models whose deletion frees their bytes and hurts nobody, the one that was not used for longest first."""
-    paths = [meta.local_path for meta in model_meta.values()]
-    return sorted(
-        (
-            meta
-            for meta in model_meta.values()
-            if not (meta.pinned or meta.name in model_cache or meta.name in loads_in_progress)
-            and paths.count(meta.local_path) == 1
-            and resolve_name(meta.parent or meta.name).repo is not None
-        ),
-        key=lambda meta: meta.last_used_at or meta.pulled_at,
-    )
+    paths, busy = [meta.local_path for meta in model_meta.values()], model_cache.keys() | loads_in_progress.keys()
+    unused = [meta for meta in model_meta.values() if not meta.pinned and meta.name not in busy]
+    alone = [meta for meta in unused if paths.count(meta.local_path) == 1]
+    fetched = (meta for meta in alone if resolve_name(meta.parent or meta.name).repo is not None)
+    return sorted(fetched, key=lambda meta: meta.last_used_at or meta.pulled_at)
 
 
 # -- pull jobs ----------------------------------------------------------------
@@ -5899,12 +5846,10 @@ def removable_models() -> list[ModelMeta]:
 
 def job_of(body: PullBody) -> Job:
     """The job that a body asks for. Raises BadRequest, NotFound."""
-    source = resolve_name(body.model, body.revision)
+    source, quantized = resolve_name(body.model, body.revision), {"auto": None, "4bit": True, "none": False}
     job = Job("job_" + secrets.token_hex(8), source.name, source.revision, created_at=now_iso())
-    job.preferred_quantized = {"auto": None, "4bit": True, "none": False}[body.quantize]
-    for name in ("quantize", "init", "trust_remote_code", "allow_pickle", "make_room", "pin"):
-        setattr(job, name, getattr(body, name))
-    return job
+    wishes = body.model_dump(exclude={"model", "revision", "context_length"})
+    return msgspec.structs.replace(job, preferred_quantized=quantized[body.quantize], **wishes)
 
 
 def _open_equal(job: Job) -> Job | None:
@@ -5916,15 +5861,15 @@ def _open_equal(job: Job) -> Job | None:
 
 async def request_pull(body: PullBody) -> tuple[Job, bool]:
     """Open a pull's job, unless the disk cannot hold what it would bring. Raises DiskFull, and as `open_job` does."""
-    job, listing = job_of(body), None
+    job = job_of(body)
     source = _source_of(job)
-    if source.repo is not None and _open_equal(job) is None:
-        with suppress(TimeoutError, ServerError):  # what speaks against the pull, or that nobody answers, tells the job
-            listing = await asyncio.wait_for(hub_listing(source), PRECHECK_SECONDS)
-            chosen_files(listing, source, job)
-    with suppress(BadRequest, NotFound):
-        if listing is not None:
-            await _room_for(job, source, listing)
+    try:
+        if source.repo is not None and _open_equal(job) is None:
+            await _room_for(job, source, await asyncio.wait_for(hub_listing(source), PRECHECK_SECONDS))
+    except DiskFull:
+        raise
+    except (TimeoutError, ServerError) as error:  # the job will tell what speaks against it, or that nobody answers
+        log.debug("Not known before the pull of %s: %s", job.model, error)
     return await open_job(job)
 
 
@@ -5986,27 +5931,15 @@ def find_job(job_id: str) -> Job:
     return jobs[job_id]
 
 
-async def cancel_job(job_id: str) -> Job:
-    """End a job that is still open; a finished one stays as it is. The download has ended before the job says so."""
+async def stop_job(job_id: str, status: Literal["cancelled", "paused"]) -> Job:
+    """End a job, or stop it for now; a finished one stays as it is. The download has ended before the job says so."""
     job = find_job(job_id)
     if (task := job_tasks.get(job_id)) is not None:
         task.cancel()
         await asyncio.wait([task])
     if job.status not in FINAL_STATUSES:
-        await _update_job(job, status="cancelled")
-        log.info("Job %s cancelled: pull %s", job.id, job.model)
-    return job
-
-
-async def pause_job(job_id: str) -> Job:
-    """Stop a job's download and keep what it has; a job that is at its end stays as it is."""
-    job = find_job(job_id)
-    if (task := job_tasks.get(job_id)) is not None:
-        task.cancel()
-        await asyncio.wait([task])
-    if job.status not in FINAL_STATUSES:
-        await _update_job(job, status="paused", speed=None, eta_seconds=None)
-        log.info("Job %s paused: pull %s", job.id, job.model)
+        await _update_job(job, status=status, speed=None, eta_seconds=None)
+        log.info("Job %s %s: pull %s", job.id, status, job.model)
     return job
 
 
@@ -6060,8 +5993,10 @@ def _source_of(job: Job) -> ModelSource:
 async def _pull_model(job: Job) -> ModelMeta:
     """Bring the files, read their facts, remember the model."""
     held = model_meta.get(job.model)
-    if job.check and held is not None and Path(held.local_path).is_relative_to(STATE_DIR / "blobs"):
-        await asyncio.to_thread(_check_upload, Path(held.local_path))
+    if job.check and held is not None and (path := Path(held.local_path)).is_relative_to(STATE_DIR / "blobs"):
+        digest = path.parent.name
+        if not await asyncio.to_thread(file_matches, path, RemoteFile(path.name, held.size_bytes, digest)):
+            raise BadModelFiles(f"The uploaded file sha256:{digest} is damaged: delete it and upload it again.")
         return held
     source = _source_of(job)
     if source.repo is None:
@@ -6072,13 +6007,11 @@ async def _pull_model(job: Job) -> ModelMeta:
         return await _described(job, source, path, revision)
 
 
-def _check_upload(path: Path) -> None:
-    """Compare an uploaded file with the digest under which it lies. Raises BadModelFiles. Blocking."""
-    with path.open("rb") as file:
-        if file_digest(file, "sha256").hexdigest() != path.parent.name:
-            raise BadModelFiles(
-                f"The uploaded file sha256:{path.parent.name} is damaged: delete it and upload it again."
-            )
+# What a loaded engine depends on: other values need another load.
+_load_facts = operator.attrgetter(
+    "revision", "local_path", "preferred_quantized", "trust_remote_code", "vllm", "template"
+)
+LOAD_FIGURES = ["ladder", "last_backend", "load_seconds", "load_phases", "memory_bytes", "last_reclaim", "last_used_at"]
 
 
 async def _described(job: Job, source: ModelSource, path: Path, revision: str) -> ModelMeta:
@@ -6089,25 +6022,12 @@ async def _described(job: Job, source: ModelSource, path: Path, revision: str) -
     meta.pinned = job.pin or (old is not None and old.pinned)
     same = old is not None and _load_facts(old) == _load_facts(meta) and not job.repaired
     if old is not None and same:  # what its loads showed is still true
-        for name in (
-            "ladder",
-            "last_backend",
-            "load_seconds",
-            "load_phases",
-            "memory_bytes",
-            "last_reclaim",
-            "last_used_at",
-        ):
+        for name in LOAD_FIGURES:
             setattr(meta, name, getattr(old, name))
     await _remember_model(meta)
     if not same:
         _outdate_engine(meta.name)
     return meta
-
-
-def _load_facts(meta: ModelMeta) -> tuple[object, ...]:
-    """What a loaded engine depends on: other values need another load."""
-    return meta.revision, meta.local_path, meta.preferred_quantized, meta.trust_remote_code, meta.vllm, meta.template
 
 
 async def _fetch_from_hub(job: Job, source: ModelSource) -> tuple[Path, str]:
@@ -6148,7 +6068,7 @@ def retry_delay(failures: int, problem: ServerError) -> float:
 
 async def _run_worker(fetch: Fetch, job: Job) -> Fetched:
     """Run one order in a pull worker, with its progress in the job; leaving kills it. Raises what it refuses with."""
-    began, first, before = time.monotonic(), None, (job.bytes_fetched, job.fetch_seconds, job.attempts)
+    before = {name: getattr(job, name) for name in ("bytes_fetched", "fetch_seconds", "attempts")}
     child = await ChildProcess.spawn("--worker", _child_environment())
     pull_workers.add(child)
     try:
@@ -6156,9 +6076,8 @@ async def _run_worker(fetch: Fetch, job: Job) -> Fetched:
         _share_bandwidth()
         async for report in child.reports():
             match report:
-                case Progress():  # the first one comes when the worker has found out what is here
-                    began, first = (time.monotonic(), report.bytes_done) if first is None else (began, first)
-                    await _update_job(job, durable=False, **_progress_of(report, first, began, before))
+                case Progress():
+                    await _update_job(job, durable=False, **_progress_of(report, before))
                 case Refused(kind, message, details):
                     error = error_of(kind, message)
                     error.details = details
@@ -6172,13 +6091,11 @@ async def _run_worker(fetch: Fetch, job: Job) -> Fetched:
     raise EngineFailed("The download process ended without an answer; pull again.")
 
 
-def _progress_of(report: Progress, first: int, began: float, before: tuple[int, float, int]) -> Json:
-    """What a report changes in its job; `before` are the bytes, seconds and attempts of its earlier workers."""
-    fetched, seconds = max(0, report.bytes_done - first), max(time.monotonic() - began, 1e-3)
-    eta = (report.size_bytes - report.bytes_done) * seconds / fetched if fetched else None
-    changes: Json = {"speed": fetched / seconds, "eta_seconds": eta, **msgspec.structs.asdict(report)}
-    changes |= {"bytes_fetched": before[0] + fetched, "fetch_seconds": before[1] + seconds}
-    return changes | {"attempts": before[2] + report.attempts}
+def _progress_of(report: Progress, before: Json) -> Json:
+    """What a report changes in its job; `before` is what its earlier workers counted."""
+    changes, speed = msgspec.structs.asdict(report), report.bytes_fetched / max(report.fetch_seconds, 1e-3)
+    changes |= {name: changes[name] + earlier for name, earlier in before.items()}
+    return changes | {"speed": speed, "eta_seconds": (report.size_bytes - report.bytes_done) / speed if speed else None}
 
 
 def _share_bandwidth() -> None:
@@ -6283,9 +6200,8 @@ def _remove_revision(revision: str) -> None:
     except errors.CacheNotFound:
         return
     except OSError as error:
-        raise Unavailable(
-            f"The Hub's cache cannot be written ({error.strerror}): check the rights of HF_HOME."
-        ) from error
+        text = f"The Hub's cache cannot be written ({error.strerror}): check the rights of HF_HOME."
+        raise Unavailable(text) from error
 
 
 # -- what downloads have left --------------------------------------------------
@@ -6302,16 +6218,10 @@ def list_partials() -> list[Json]:
     found = list[Json]()
     for path in Path(constants.HF_HUB_CACHE).glob(f"models--*/blobs/*{PARTIAL_SUFFIX}"):
         facts, repo = path.stat(), path.parent.parent.name.removeprefix("models--").replace("--", "/")
-        job = busy.get(repo.lower())
-        held = getattr(facts, "st_blocks", 0) * 512 or facts.st_size
+        job, held = busy.get(repo.lower()), getattr(facts, "st_blocks", 0) * 512 or facts.st_size
+        row: Json = {"repo": repo, "file": path.name.removesuffix(PARTIAL_SUFFIX), "bytes": held}
         changed = iso_time(datetime.fromtimestamp(facts.st_mtime, UTC))
-        row: Json = {
-            "repo": repo,
-            "file": path.name.removesuffix(PARTIAL_SUFFIX),
-            "bytes": held,
-            "modified_at": changed,
-        }
-        found.append({**row, "job_id": job.id if job else None})
+        found.append({**row, "modified_at": changed, "job_id": job.id if job else None})
     return found
 
 
@@ -6443,11 +6353,9 @@ def new_hash(file: RemoteFile) -> Any:
 
 def file_matches(path: Path, file: RemoteFile) -> bool:
     """Whether a file has the size and the digest that the Hub announces. Blocking."""
-    digest = new_hash(file)
     with path.open("rb") as data:
-        for block in iter(lambda: data.read(MEBIBYTE), b""):
-            digest.update(block)
-    return path.stat().st_size == file.size and bool(digest.hexdigest() == file.digest)
+        digest = file_digest(data, functools.partial(new_hash, file)).hexdigest()
+    return path.stat().st_size == file.size and digest == file.digest
 
 
 class Partial:
@@ -6514,22 +6422,22 @@ class Partial:
                 for segment in written:
                     self.mark(segment, 2)
 
-    def matches(self) -> bool | None:
-        """Hash the file close behind those who fill it; None when it was closed before the end."""
+    def arrive(self) -> bool:
+        """Hash the file close behind those who fill it, and publish what is right; false also if it was closed."""
         digest = new_hash(self.file)
         for segment in range(len(self.states)):
             with self._changed:
-                self._changed.wait_for(functools.partial(self._is_settled, segment))
+                while not (self.closed or self.states[segment]):
+                    self._changed.wait()
             if self.closed:
-                return None
+                return False
             begin, end = self.bounds(segment)
             with self.path.open("rb") as data:
                 data.seek(begin)
                 digest.update(data.read(end - begin))
-        return bool(digest.hexdigest() == self.file.digest)
-
-    def _is_settled(self, segment: int) -> bool:
-        return self.closed or bool(self.states[segment])
+        if right := bool(digest.hexdigest() == self.file.digest):
+            self.publish()
+        return right
 
     def publish(self) -> None:
         """Give it the name under which everybody finds it, with its last byte on the disk. Raises OSError."""
@@ -6553,11 +6461,11 @@ class Partial:
 
 
 class BeginAnew(Exception):
-    """A file changed on the Hub while it was fetched: what is here of it is worth nothing."""
+    """Files changed on the Hub while they were fetched, or arrived wrong: what is here of them is worth nothing."""
 
-    def __init__(self, partial: Partial, problem: ServerError) -> None:
+    def __init__(self, partials: list[Partial], problem: ServerError) -> None:
         super().__init__(str(problem))
-        self.partial, self.problem = partial, problem
+        self.partials, self.problem = partials, problem
 
 
 def origin_of(url: str) -> tuple[str, str | None, int | None]:
@@ -6591,6 +6499,7 @@ class Download:
         self._work: Iterator[tuple[Partial, int]] = iter(())
         self._lock, self._stopped = threading.Lock(), threading.Event()
         self._ready, self._free_at, self._sent = 0, 0.0, 0.0  # bytes that were here; when to go on; the last report
+        self._fetched, self._began = 0, time.monotonic()
         self._now = Progress(0, sum(file.size for file in fetch.files), "")
 
     def obey(self, commands: "queue.SimpleQueue[Command]") -> None:
@@ -6605,9 +6514,9 @@ class Download:
             folder.mkdir(parents=True, exist_ok=True)
         with FileLock(locks / "ai-server.lock"):  # two workers in one repository would write the same files
             wrong = self._sort_out(blobs)
-            self._report(self._fetch.files[0].name, at_once=True)
+            self._report(at_once=True, file=self._fetch.files[0].name)
             self._bring()
-            self._report(self._fetch.files[-1].name, at_once=True)
+            self._report(at_once=True, file=self._fetch.files[-1].name)
             for file in self._fetch.files:
                 self._show(file)
             if self._fetch.reference:
@@ -6626,11 +6535,9 @@ class Download:
         wrong, missing = list[str](), dict[str, RemoteFile]()
         for file in self._fetch.files:
             path = file_here(self._folder, self._fetch.revision, file)
-            self._report(file.name)
-            right = path is not None and path.stat().st_size == file.size
-            if right and self._fetch.check_all and path is not None:
-                right = file_matches(path, file)
-            if right:
+            self._report(file=file.name)
+            here = path is not None and path.stat().st_size == file.size
+            if path is not None and here and (not self._fetch.check_all or file_matches(path, file)):
                 self._ready += file.size
                 continue
             wrong.append(file.name)
@@ -6642,16 +6549,18 @@ class Download:
 
     def _bring(self) -> None:
         """Fetch in rounds: a file that changed on its way, or arrived as another, begins anew. Raises a ServerError."""
-        problem = self._round()
-        for _ in range(1, PULL_ROUNDS):
-            if problem is not None:
-                log.warning("Again: %s", problem)
-                problem = self._round()
-        if problem is not None:
-            raise problem
+        for rounds_left in reversed(range(PULL_ROUNDS)):
+            try:
+                self._round()
+                return
+            except BeginAnew as change:
+                _throw_away(change.partials)
+                if not rounds_left:
+                    raise change.problem from change
+                log.warning("Again: %s", change.problem)
 
-    def _round(self) -> ServerError | None:
-        """Fetch everything that is left and check it; what was wrong is thrown away, and why is returned."""
+    def _round(self) -> None:
+        """Fetch everything that is left and check it. Raises BeginAnew with what was wrong, ServerError, OSError."""
         self._partials = [one if one.published else Partial(one.blob.parent, one.file) for one in self._partials]
         left = [one for one in self._partials if not one.published]
         self._stopped.clear()
@@ -6661,29 +6570,19 @@ class Download:
             for partial in left:
                 at_end.callback(partial.close)
             at_end.callback(self._stopped.set)
-            checks = [checker.submit(self._check, partial) for partial in left]
+            checks = [checker.submit(partial.arrive) for partial in left]
             others.submit(self._keep_synced, left)
             try:
                 for line in as_completed([others.submit(self._drain) for _ in range(CONNECTIONS)]):
                     line.result()
                 wrong = [partial for partial, check in zip(left, checks, strict=True) if not check.result()]
-                names = ", ".join(partial.file.name for partial in wrong)
-                problem: ServerError = ChecksumMismatch(f"{names} arrived with other bytes than announced. Pull again.")
-            except BeginAnew as change:
-                wrong, problem = [change.partial], change.problem
             except (OSError, DiskFull) as error:
                 if isinstance(pull_problem(error), DiskFull):
                     at_end.callback(_throw_away, left)
                 raise
-        _throw_away(wrong)
-        return problem if wrong else None
-
-    def _check(self, partial: Partial) -> bool:
-        """Publish a file if it is what the Hub announces."""
-        matches = partial.matches()
-        if matches:
-            partial.publish()
-        return bool(matches)
+        if wrong:
+            names = ", ".join(partial.file.name for partial in wrong)
+            raise BeginAnew(wrong, ChecksumMismatch(f"{names} arrived with other bytes than announced. Pull again."))
 
     def _keep_synced(self, partials: list[Partial]) -> None:
         """Sync what is written every second, so that a power cut costs no more than that."""
@@ -6691,14 +6590,14 @@ class Download:
             for partial in partials:
                 partial.sync()
 
-    def _next(self) -> tuple[Partial, int] | None:
-        with self._lock:
-            return None if self._stopped.is_set() else next(self._work, None)
-
     def _drain(self) -> None:
         """One connection: bring segment after segment until none is left, or somebody has failed."""
         try:
-            while (item := self._next()) is not None:
+            while not self._stopped.is_set():
+                with self._lock:
+                    item = next(self._work, None)
+                if item is None:
+                    return
                 self._bring_segment(*item)
         except BaseException:
             self._stopped.set()
@@ -6711,10 +6610,8 @@ class Download:
         (at, end), failures = partial.bounds(segment), 0
         while not (at >= end or partial.states[segment] or self._stopped.is_set()):
             try:
-                for data in self._receive(partial, at, end):
-                    size = partial.fill(segment, at, data)
+                for size in self._receive(partial, segment, at, end):
                     at, failures = at + size, 0
-                    self._count(partial, size)
                 if at < end and not (partial.states[segment] or self._stopped.is_set()):
                     raise HubUnreachable(f"{partial.file.name} ended before its end. Check the network and pull again.")
             except (ServerError, urllib3.exceptions.HTTPError) as error:
@@ -6724,8 +6621,8 @@ class Download:
         if at >= end:
             partial.mark(segment, 1)
 
-    def _receive(self, partial: Partial, at: int, end: int) -> Iterator[bytes]:
-        """Ask for these bytes; what arrives, at most so many. Raises ServerError, BeginAnew, urllib3's errors."""
+    def _receive(self, partial: Partial, segment: int, at: int, end: int) -> Iterator[int]:
+        """Ask for the rest of a segment and write what arrives; how much. Raises ServerError, BeginAnew, HTTPError."""
         response = self._ask(partial, at, end)
         size = min(CHUNK_BYTES, max(1024, self.limit // 4)) if self.limit else CHUNK_BYTES
         with closing(response):
@@ -6733,10 +6630,12 @@ class Download:
                 self._take_whole(partial, response)
                 return
             while at < end and not self._stopped.is_set():
-                if not (data := response.read1(min(size, end - at), decode_content=False)):
+                data = response.read1(min(size, end - at), decode_content=False)
+                if not (data and partial.fill(segment, at, data)):
                     return
                 at += len(data)
-                yield data
+                self._count(partial, len(data))
+                yield len(data)
 
     def _take_whole(self, partial: Partial, response: urllib3.BaseHTTPResponse) -> None:
         """A server without ranges sends a file from its start: one connection takes all of it, the others wait."""
@@ -6800,13 +6699,12 @@ class Download:
         """Raises what speaks against an answer: its status, another length or file than announced, a compression."""
         name, size, headers, status = partial.file.name, partial.file.size, response.headers, response.status
         if status == 416:
-            raise BeginAnew(partial, SizeMismatch(f"{name} is shorter than the Hub announces. Pull again later."))
+            raise BeginAnew([partial], SizeMismatch(f"{name} is shorter than the Hub announces. Pull again later."))
         if status not in (200, 206):
-            wait = urllib3.Retry().get_retry_after(response)
-            raise hub_refusal(status if from_hub or status in (429, *range(500, 600)) else 502, wait)
+            raise hub_refusal(status if from_hub or status in (429, *range(500, 600)) else 502, response)
         etag = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
         if partial.etag and etag != partial.etag:
-            raise BeginAnew(partial, ChecksumMismatch(f"{name} changed while it was fetched. Pull again."))
+            raise BeginAnew([partial], ChecksumMismatch(f"{name} changed while it was fetched. Pull again."))
         partial.etag = etag
         whole = status == 200
         told = headers.get("Content-Range"), headers.get("Content-Encoding", "identity")
@@ -6819,38 +6717,35 @@ class Download:
         """Wait before the next try, as long as the Hub says or longer each time. Raises the problem after the last."""
         delay = retry_delay(failures, problem)
         with self._lock:
-            self._now = msgspec.structs.replace(self._now, attempts=self._now.attempts + 1, waiting_for=str(problem))
-            self._report(self._now.file, at_once=True)
+            self._report(at_once=True, attempts=self._now.attempts + 1, waiting_for=str(problem))
         self._stopped.wait(delay)
         with self._lock:
-            self._now = msgspec.structs.replace(self._now, waiting_for="")
-            self._report(self._now.file, at_once=True)
+            self._report(at_once=True, waiting_for="")
 
     def _count(self, partial: Partial, size: int) -> None:
         """Count bytes that have arrived, report, and keep to the limit of the bandwidth."""
         with self._lock:
             partial.bytes_done += size
+            self._fetched += size
             now = time.monotonic()
             self._free_at = max(now, self._free_at) + (size / self.limit if self.limit else 0)
             delay = self._free_at - now
-            self._report(partial.file.name)
+            self._report(file=partial.file.name)
         if delay > 0:
             self._stopped.wait(delay)
 
-    def _report(self, name: str, at_once: bool = False) -> None:
+    def _report(self, at_once: bool = False, **changes: Any) -> None:
         """Tell the server how far this is, at most every PROGRESS_SECONDS."""
+        self._now = msgspec.structs.replace(self._now, bytes_fetched=self._fetched, **changes)
         if at_once or time.monotonic() - self._sent > PROGRESS_SECONDS:
             self._sent = time.monotonic()
-            done = self._ready + sum(partial.bytes_done for partial in self._partials)
-            self._now = msgspec.structs.replace(self._now, bytes_done=min(done, self._now.size_bytes), file=name)
-            self._send(self._now)
+            done = min(self._ready + sum(partial.bytes_done for partial in self._partials), self._now.size_bytes)
+            self._send(msgspec.structs.replace(self._now, bytes_done=done, fetch_seconds=self._sent - self._began))
 
     def _show(self, file: RemoteFile) -> None:
         """Let a file appear in the snapshot, as the Hub's own client does: a link to its blob. Raises OSError."""
-        blob, pointer = (
-            self._folder / "blobs" / file.digest,
-            self._folder / "snapshots" / self._fetch.revision / file.name,
-        )
+        blob = self._folder / "blobs" / file.digest
+        pointer = self._folder / "snapshots" / self._fetch.revision / file.name
         if pointer.exists():
             return
         pointer.parent.mkdir(parents=True, exist_ok=True)
@@ -6875,39 +6770,52 @@ def file_here(folder: Path, revision: str, file: RemoteFile) -> Path | None:
     return next((path for path in places if path.exists()), None)
 
 
-def hub_refusal(status: int, retry_after: float | None = None) -> ServerError:
+HUB_REFUSALS = {  # by the status of the answer
+    401: (
+        HubUnauthorized,
+        "The Hub asks who you are: the model is private or does not exist. Check the name, or set HF_TOKEN anew.",
+    ),
+    403: (GatedModel, "The Hub asks for this model's licence: accept it on the model's page, then set HF_TOKEN."),
+    404: (NotFound, "The Hub has no such model, or it is private: check the name, or set HF_TOKEN."),
+    429: (RateLimited, "The Hub answers to fewer requests than these (429). Pull again later."),
+}
+
+
+def hub_refusal(status: int, reply: Any) -> ServerError:
     """What an answer of the Hub's that is none means, and what to do."""
-    kinds = {401: HubUnauthorized, 403: GatedModel, 404: NotFound, 429: RateLimited}
-    texts = {
-        401: "The Hub asks who you are: the model is private or does not exist. Check the name, or set HF_TOKEN anew.",
-        403: "The Hub asks for this model's licence: accept it on the model's page, then set HF_TOKEN.",
-        404: "The Hub has no such model, or it is private: check the name, or set HF_TOKEN.",
-        429: "The Hub answers to fewer requests than these (429). Pull again later.",
-    }
     refused = HubRefused if 400 <= status < 500 else HubFailed
-    error = kinds.get(status, refused)(texts.get(status, f"The Hub answered with status {status}. Pull again later."))
-    error.retry_after = retry_after
-    return error
+    kind, text = HUB_REFUSALS.get(status, (refused, f"The Hub answered with status {status}. Pull again later."))
+    return kind(text, urllib3.Retry().get_retry_after(reply))
 
 
-def pull_problem(error: BaseException) -> ServerError:
-    """What a download failed with, and what to do; no text has the token in it."""
-    name = type(error).__name__
-    number = error.errno if isinstance(error, OSError) else None
-    tls = isinstance(error, urllib3.exceptions.SSLError)
+def pull_problem(error: BaseException, asked: bool = False) -> ServerError:
+    """What a download failed with, or a question that was `asked`, and what to do; no text has the token in it."""
+    name, text, reply = type(error).__name__, str(error), getattr(error, "response", None)
+    unknown, circle = name == "RevisionNotFoundError", asked and "edirect" in name + text
+    if isinstance(error, ServerError):
+        return error
+    if asked and not unknown and (status := getattr(reply, "status_code", None)):
+        return hub_refusal(403 if name == "GatedRepoError" else status, reply)
+    number = error.errno if isinstance(error, OSError) and not asked else None
+    tls = isinstance(error, urllib3.exceptions.SSLError) or (asked and ("CERTIFICATE" in text or "SSL" in text))
     stalled = isinstance(error, urllib3.exceptions.ReadTimeoutError)
-    offline = isinstance(error, urllib3.exceptions.HTTPError)
+    # huggingface_hub asks through httpx, in later versions through httpx2.
+    offline = asked and (isinstance(error, OSError) or "httpx" in type(error).__module__)
+    offline = offline or isinstance(error, urllib3.exceptions.HTTPError)
+    odd = f"The Hub's answer is not what its protocol says ({name}). Check HF_ENDPOINT, or pull again later."
     causes: tuple[tuple[bool, type[ServerError], str], ...] = (  # the first that applies
+        (unknown, NotFound, "The Hub has the model, but not this revision: check it, or pull without one."),
+        (name == "HFValidationError", InvalidModelName, f"The Hub's client refuses this name: {text}"),
+        (circle, BadRedirect, "The Hub redirects in a circle. Check HF_ENDPOINT, or pull again later."),
         (tls, TLSFailed, "The Hub's certificate cannot be verified: check the clock, HF_ENDPOINT and SSL_CERT_FILE."),
         (stalled, Stalled, f"The Hub sent nothing for {PULL_STALL_SECONDS:g} s. Check the network and pull again."),
         (offline, HubUnreachable, f"The Hub cannot be reached ({name}). Check the network and pull again."),
         (number in NO_ROOM, DiskFull, "The disk became full during the download: free some space and pull again."),
         (number in NO_WRITE, ReadOnly, "The Hub's cache cannot be written: check the rights of HF_HOME."),
-        (True, ServerError, f"The download failed: {name}: {error}"),
+        (asked, BadHubReply, odd),
+        (True, ServerError, f"The download failed: {name}: {text}"),
     )
-    if isinstance(error, ServerError):
-        return error
-    return next(kind(text) for applies, kind, text in causes if applies)
+    return next(kind(told) for applies, kind, told in causes if applies)
 
 
 # -- aliases, uploaded files, and what Ollama's lists show ----------------------
@@ -6938,20 +6846,13 @@ async def known_models() -> list[ModelMeta]:
     return sorted(model_meta.values(), key=lambda meta: meta.pulled_at, reverse=True)
 
 
-class _GGUFFacts(GGUFReader):
-    """The same reader, whose arrays are empty: what is shown of a model has no lists of tokens."""
-
-    def _value(self, kind: int) -> Any:
-        value = super()._value(kind)
-        return [] if kind == 9 else value
-
-
 def model_facts(meta: ModelMeta) -> tuple[str, Json]:
     """A model's chat template and the facts that its files tell, under GGUF's names. Blocking."""
     path, family, facts = Path(meta.local_path), meta.family or "unknown", Json()
     facts["general.parameter_count"] = meta.parameter_count
     if meta.format == "gguf":
-        facts |= _GGUFFacts(path).metadata
+        reader = GGUFReader(path)
+        facts |= reader.metadata | {name: [] for name in reader.lists}  # nobody wants to see lists of tokens
         return str(facts.pop("tokenizer.chat_template", "")), facts
     config = _config_of(path)
     text = config.get("text_config") or config
@@ -7260,11 +7161,6 @@ def _in_cooldown(name: str) -> float:
     return max(0.0, failed_at + COOLDOWN_SECONDS - time.monotonic())
 
 
-def _record_failed_load(name: str, error: Exception) -> None:
-    """Start the cooldown of a model."""
-    failed_loads[name] = time.monotonic(), str(error)
-
-
 def _record_death(engine: EngineProcess) -> None:
     """An engine died by itself: forget it, count the death."""
     if model_cache.get(engine.spec.model) is engine:
@@ -7307,7 +7203,7 @@ async def _load(meta: ModelMeta) -> EngineProcess:
         except ServerError as error:
             log.exception("Loading %s failed: %s", meta.name, error)
             if not isinstance(error, (RemoteCodeNotGranted, NoCapacity)):  # nothing failed
-                _record_failed_load(meta.name, error)
+                failed_loads[meta.name] = time.monotonic(), str(error)  # the cooldown begins
             await _save_figures(meta)
             raise
         await _cache_model(meta, engine)
@@ -7610,11 +7506,8 @@ def _version_of(package: str) -> str | None:
 
 def public_settings() -> Json:
     """Every setting and its value, without secrets."""
-    return {
-        name: str(value) if isinstance(value, Path) or value == FOREVER else value
-        for name, value in SETTINGS.items()
-        if not SECRET_SETTINGS.search(name)
-    }
+    shown = {name: value for name, value in SETTINGS.items() if not SECRET_SETTINGS.search(name)}
+    return {name: str(one) if isinstance(one, Path) or one == FOREVER else one for name, one in shown.items()}
 
 
 def diagnosis() -> Json:
@@ -7694,8 +7587,7 @@ async def _disk_plan(needed: int, folder: Path, name: str) -> tuple[Json, str, i
     except DiskFull as error:
         full = str(error) if needed else ""  # what is here stays here
     shown: Json = {"free_bytes": free, "free_after_bytes": free - needed, "reserve_bytes": DISK_RESERVE}
-    left = min(free - DISK_RESERVE, DISK_QUOTA - held_bytes() if DISK_QUOTA else free) - promised_bytes(wish)
-    return shown | {"fits": not full}, full, needed - left
+    return shown | {"fits": not full}, full, needed - min(await free_and_left(folder, wish))
 
 
 async def _subject(body: PlanBody) -> Subject:
@@ -7744,8 +7636,8 @@ def _remote_subject(source: ModelSource, listing: Listing, job: Job) -> Subject:
         raise Unavailable(f"A temporary file cannot be written ({error.strerror}): free some space.") from error
     meta.size_bytes = sum(file.size for file in weights)
     meta.parameter_count = meta.parameter_count * meta.size_bytes // max(1, sum(file.size for file in shards))
-    sizes = [(file.name, file.size, bytes_here(listing, file)) for file in files]
-    return meta, [dict(zip(("name", "size_bytes", "cached_bytes"), one, strict=True)) for one in sizes], listing
+    rows = [{"name": one.name, "size_bytes": one.size, "cached_bytes": bytes_here(listing, one)} for one in files]
+    return meta, rows, listing
 
 
 def _sketch(path: Path, file: RemoteFile, listing: Listing) -> None:
@@ -7806,9 +7698,8 @@ def plan_rung(meta: ModelMeta, backend: str, quantization: str, wanted: int) -> 
     if backend == "vllm":  # its cache is reserved, whatever is wanted of it
         room = cache if room >= cache else -1
     longest = min(wanted, meta.context_length or wanted, MAX_CONTEXT_LENGTH if backend == "llama.cpp" else wanted)
-    longest = max(
-        0, bisect.bisect_right(range(longest + 1), room, key=lambda size: context_bytes(meta, backend, size)) - 1
-    )
+    fitting = bisect.bisect_right(range(longest + 1), room, key=lambda size: context_bytes(meta, backend, size))
+    longest = max(0, fitting - 1)
     reason = _refusal(meta, backend, quantization)
     if not reason and total > available:
         reason = f"{total} bytes are needed, and {available} are free or held by idle models"
@@ -8208,13 +8099,13 @@ async def get_job(job_id: str) -> Json:
 @app.delete("/jobs/{job_id}")
 async def delete_job(job_id: str) -> Json:
     """Cancel a job; one that is finished stays as it is."""
-    return cast(Json, msgspec.to_builtins(await cancel_job(job_id)))
+    return cast(Json, msgspec.to_builtins(await stop_job(job_id, "cancelled")))
 
 
 @app.post("/jobs/{job_id}/pause")
 async def pause_endpoint(job_id: str) -> Json:
     """Stop a job's download for now; it keeps what it has, also over a restart of the server."""
-    return cast(Json, msgspec.to_builtins(await pause_job(job_id)))
+    return cast(Json, msgspec.to_builtins(await stop_job(job_id, "paused")))
 
 
 @app.post("/jobs/{job_id}/resume")

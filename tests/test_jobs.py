@@ -1089,7 +1089,7 @@ def test_an_equal_pull_is_not_acknowledged_before_the_job_is_durable(held: HeldS
         early = first.done() or second.done()
         held.gate.set()
         jobs = await asyncio.gather(first, second)
-        await app.cancel_job(jobs[0][0].id)
+        await app.stop_job(jobs[0][0].id, "cancelled")
         return early
 
     assert asyncio.run(scenario()) is False
@@ -1118,7 +1118,7 @@ def test_a_job_that_starts_while_it_is_cancelled_stays_cancelled(held: HeldStore
         job, _ = await app.open_job(app.job_of(app.PullBody(model="race/b")))
         await turns()
         held.hold()
-        cancel = asyncio.create_task(app.cancel_job(job.id))
+        cancel = asyncio.create_task(app.stop_job(job.id, "cancelled"))
         await turns()
         app.download_semaphore.release()
         await turns()
@@ -1138,7 +1138,7 @@ def test_a_cancel_that_cannot_be_written_is_no_half_cancel(held: HeldStore) -> N
         await settled(status="running", job=job)
         held.full = True
         with suppress(app.ServerError):
-            await app.cancel_job(job.id)
+            await app.stop_job(job.id, "cancelled")
         outcome = job.status in FINAL, job.id in app.job_tasks
         held.full = False
         for task in list(app.job_tasks.values()):
@@ -1163,7 +1163,7 @@ def test_a_watcher_misses_nothing_right_after_an_event(held: HeldStore) -> None:
         app.job_changed.fire()
         async with asyncio.timeout(2):
             rest = [event async for event in events]
-        await app.cancel_job(job.id)
+        await app.stop_job(job.id, "cancelled")
         return rest
 
     assert asyncio.run(scenario()) == []

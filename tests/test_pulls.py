@@ -1043,8 +1043,10 @@ def test_what_other_tools_fetched_is_not_fetched_again_but_hashed(pulls: Server,
     _, path, _ = other_tool(pulls, "tools/theirs", "online")
     before = served(stub, "tools/theirs")
     flip(Path(path), 1000)
-    right(pulls, succeeded(pulls, "tools/theirs"), files)
+    job = succeeded(pulls, "tools/theirs")
+    right(pulls, job, files)
     size = len(files["model.safetensors"])
+    assert job["bytes_fetched"] == size
     assert served(stub, "tools/theirs") == {**before, "model.safetensors": before["model.safetensors"] + size}
 
 
