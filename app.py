@@ -286,6 +286,7 @@ CHUNK_BYTES = 256 * 1024  # what is read of a connection at once
 PARTIAL_SUFFIX = ".ai-server.incomplete"  # other tools of the Hub's cache know the ending
 PULL_ROUNDS = 3  # so often a file begins anew that changed on its way or arrived wrong
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 8.0  # the wait after a failure doubles, from the first to the second
+LONGEST_RETRY_AFTER = 3600.0  # what the Hub may ask for
 CONNECT_SECONDS, PRECHECK_SECONDS, SYNC_SECONDS, PLAN_SECONDS = 10.0, 2.0, 1.0, 60.0
 REDIRECTS, MAX_REDIRECTS = (301, 302, 303, 307, 308), 8
 EXPIRED = (400, 401, 403, 404, 410)  # what storage says to an address that is signed, and no longer good
@@ -608,9 +609,11 @@ OutOfMemory = _error("OutOfMemory", "out_of_memory", base=RungRefused)  # the en
 RETRIED = {error.kind for error in (HubUnreachable, HubFailed, RateLimited, Stalled, SizeMismatch, BadHubReply)}
 
 
-def error_of(kind: str, message: str) -> ServerError:
+def error_of(kind: str, message: str, details: str = "") -> ServerError:
     """Make the error that a child process reported."""
-    return ERRORS_BY_KIND.get(kind, EngineFailed)(message)
+    error = ERRORS_BY_KIND.get(kind, EngineFailed)(message)
+    error.details = details
+    return error
 
 
 def readable_bytes(size: float) -> str:
@@ -670,6 +673,7 @@ class Job(msgspec.Struct):
     bytes_fetched: int = 0
     fetch_seconds: float = 0.0
     repaired: list[str] = []
+    repository: str = ""
     preferred_quantized: bool | None = None
     load_phases: dict[str, float] = {}
 
@@ -829,7 +833,7 @@ model_meta: dict[str, ModelMeta] = {}  # written by _remember_model, delete_mode
 failed_loads: dict[str, tuple[float, str]] = {}  # monotonic seconds, why; by _load and _clear_failures
 engine_deaths: dict[str, deque[float]] = {}  # monotonic seconds; written by _record_death and _clear_failures
 loads_in_progress: dict[str, "asyncio.Task[EngineProcess]"] = {}  # written by load_model
-jobs: dict[str, Job] = {}  # written by create_job, _update_job and restore_state
+jobs: dict[str, Job] = {}  # written by open_job, _update_job and restore_state
 job_tasks: dict[str, "asyncio.Task[None]"] = {}  # written by _start_job
 pull_workers: "set[ChildProcess]" = set()  # written by _run_worker
 listings: "dict[tuple[str, str | None], Future[Listing]]" = {}  # requests to the Hub under way; by hub_listing
@@ -3337,9 +3341,7 @@ class EngineProcess:
                 case Loaded(info):
                     return info
                 case Refused(kind, message, details):
-                    refusal = error_of(kind, message)
-                    refusal.details = details
-                    raise refusal
+                    raise error_of(kind, message, details)
         raise StartFailed(f"its process ended while loading ({await self._how_it_ended()}).")
 
     def _watch_line(self, line: str) -> None:
@@ -3356,9 +3358,8 @@ class EngineProcess:
         if not isinstance(error, StartFailed) or not cause or cause in str(error):
             return error
         refusal = cause_of(cause)
-        better = error_of(refusal.kind, f"{error} Cause: {refusal.message}")
-        better.details = error.details or "\n".join(self._child.log_tail)
-        return better
+        details = error.details or "\n".join(self._child.log_tail)
+        return error_of(refusal.kind, f"{error} Cause: {refusal.message}", details)
 
     def memory_bytes(self) -> int:
         """What the model holds now: device memory since the load began, else resident memory of its processes."""
@@ -5362,7 +5363,7 @@ class TensorEntry(msgspec.Struct):
     """One tensor in a safetensors header; its dtype's digits are the bits of a value."""
 
     dtype: Annotated[str, msgspec.Meta(pattern=r"^(BOOL|(I|U|F|BF)(8|16|32|64)|C64|F4|F6_E2M3|F6_E3M2|F8_.+)$")]
-    shape: list[Annotated[int, msgspec.Meta(ge=0)]]
+    shape: Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(max_length=64)]  # torch's own limit
     data_offsets: tuple[int, int]
 
 
@@ -5656,7 +5657,7 @@ def choose_files(files: Iterable[str], tag: str | None, code: bool, pickle: bool
     projectors = [name for name in ggufs if "mmproj" in name.lower()]
     projectors.sort(key=lambda name: "f16" not in name.lower())
     ggufs = [name for name in ggufs if name not in projectors]
-    if tag is None and any(name.endswith(".safetensors") for name in snapshot):
+    if tag is None and any(name.endswith(".safetensors") and "/" not in name for name in snapshot):
         return snapshot
     if tag is None and not ggufs:
         return sorted({*snapshot, *_pickled_weights(files, pickle)})
@@ -5724,21 +5725,31 @@ class Listing(msgspec.Struct, frozen=True):
 
 def _list_repository(repo: str, revision: str | None) -> Listing:
     """Ask the Hub what a repository has. Raises a ServerError that says what to do. Blocking."""
-    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub import HfApi, constants, get_session, get_token
 
+    hooks = get_session().event_hooks
+    if _stay_on_https not in hooks["response"]:
+        get_session().event_hooks = {**hooks, "response": [*hooks["response"], _stay_on_https]}
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=PULL_STALL_SECONDS)
         found = [(one.rfilename, one.size, one.lfs.sha256 if one.lfs else one.blob_id) for one in info.siblings or []]
         files = [RemoteFile(str(name), int(size or 0), str(digest)) for name, size, digest in found]
         if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)) or not HUB_NAME.fullmatch(info.id):
             raise ValueError("no commit, or no name")
+        check_names(files)
+        by_name = {file.name: file for file in files}
+        folder = Path(constants.HF_HUB_CACHE, "models--" + info.id.replace("/", "--"))
+        license = next((tag[8:] for tag in info.tags or [] if tag.startswith("license:")), "")
+        endpoint, token = constants.ENDPOINT.rstrip("/"), get_token() or ""
+        return Listing(info.id, str(info.sha), by_name, folder, endpoint, token, license)
     except Exception as error:  # noqa: BLE001  (boundary 2: three libraries raise here, in a thread without a caller)
         raise pull_problem(error, asked=True) from error
-    check_names(files)
-    folder = Path(constants.HF_HUB_CACHE, "models--" + info.id.replace("/", "--"))
-    by_name = {file.name: file for file in files}
-    license = next((tag[8:] for tag in info.tags or [] if tag.startswith("license:")), "")
-    return Listing(info.id, str(info.sha), by_name, folder, constants.ENDPOINT.rstrip("/"), get_token() or "", license)
+
+
+def _stay_on_https(response: Any) -> None:
+    """For the Hub's client: the digests of all files come with its answers. Raises BadRedirect."""
+    if response.is_redirect:
+        redirected(str(response.request.url), response.headers.get("location", ""))
 
 
 def check_names(files: list[RemoteFile]) -> None:
@@ -5760,24 +5771,29 @@ def check_names(files: list[RemoteFile]) -> None:
         seen.add(name)
 
 
+def in_daemon_thread(work: Callable[[], T]) -> "Future[T]":
+    """Do what may hang on the network in a thread that holds up neither other work nor the server's end."""
+    answer: Future[T] = Future()
+    answer.set_running_or_notify_cancel()  # who waits may leave; the work goes on
+    threading.Thread(target=_settle, args=(answer, work), daemon=True).start()
+    return answer
+
+
+def _settle(answer: "Future[T]", work: Callable[[], T]) -> None:
+    try:
+        answer.set_result(work())
+    except Exception as error:  # noqa: BLE001  (boundary 2: a thread has no caller; whoever waits must hear it)
+        answer.set_exception(error)
+
+
 async def hub_listing(source: ModelSource) -> Listing:
     """What the Hub lists for a source; questions that are asked at the same time are asked once. Raises ServerError."""
     assert source.repo is not None
     key = (source.repo, source.revision)
     if (answer := listings.get(key)) is None:
-        answer = listings[key] = Future()
+        answer = listings[key] = in_daemon_thread(functools.partial(_list_repository, *key))
         answer.add_done_callback(lambda _: listings.pop(key, None))
-        answer.set_running_or_notify_cancel()  # who waits may leave; the question goes on
-        # A thread of its own may hang: it holds up neither the threads that others need nor the server's end.
-        threading.Thread(target=_ask_hub, args=(answer, *key), daemon=True).start()
     return await asyncio.wrap_future(answer)
-
-
-def _ask_hub(answer: "Future[Listing]", repo: str, revision: str | None) -> None:
-    try:
-        answer.set_result(_list_repository(repo, revision))
-    except ServerError as error:
-        answer.set_exception(error)
 
 
 def bytes_here(listing: Listing, file: RemoteFile) -> int:
@@ -5808,7 +5824,8 @@ def held_bytes() -> int:
 
 def promised_bytes(but: Job) -> int:
     """What other open pulls will still write."""
-    running = (job for job in jobs.values() if job.status in ("queued", "running") and job is not but)
+    going = (job for job in jobs.values() if job.status in ("queued", "running"))
+    running = [job for job in going if job is not but and not job.check]  # what is checked is here
     return sum(max(0, (job.size_bytes or 0) - job.bytes_done) for job in running)
 
 
@@ -5818,7 +5835,9 @@ async def free_and_left(folder: Path, wish: Job) -> tuple[int, int]:
     return free, DISK_QUOTA - held_bytes() - promised_bytes(wish) if DISK_QUOTA else free
 
 
-async def make_sure_of_room(needed: int, folder: Path, wish: Job) -> None:
+async def make_sure_of_room(
+    needed: int, folder: Path, wish: Job, before_deleting: Callable[[], None] = lambda: None
+) -> None:
     """See that so many bytes fit on the disk and in DISK_QUOTA; delete models if that is wished. Raises DiskFull."""
     others = (meta for meta in removable_models() if not Path(meta.local_path).is_relative_to(folder))
     victims = deque(others if wish.make_room else ())
@@ -5827,6 +5846,7 @@ async def make_sure_of_room(needed: int, folder: Path, wish: Job) -> None:
             room, place = (rooms[0], "on the disk") if needed > rooms[0] else (rooms[1], "of DISK_QUOTA")
             what = f"{wish.model} needs {readable_bytes(needed)}, and there are {readable_bytes(max(0, room))} {place}"
             raise DiskFull(f'{what}: free some space, or pull with {{"make_room": true}}, which deletes unused models.')
+        await asyncio.wrap_future(in_daemon_thread(before_deleting))
         victim = victims.popleft()
         log.info("Deleting %s, not used since %s, for %s", victim.name, victim.last_used_at, wish.model)
         await delete_model(victim.name)
@@ -5837,7 +5857,7 @@ def removable_models() -> list[ModelMeta]:
     paths, busy = [meta.local_path for meta in model_meta.values()], model_cache.keys() | loads_in_progress.keys()
     unused = [meta for meta in model_meta.values() if not meta.pinned and meta.name not in busy]
     alone = [meta for meta in unused if paths.count(meta.local_path) == 1]
-    fetched = (meta for meta in alone if resolve_name(meta.parent or meta.name).repo is not None)
+    fetched = (meta for meta in alone if in_hub_cache(Path(meta.local_path)))
     return sorted(fetched, key=lambda meta: meta.last_used_at or meta.pulled_at)
 
 
@@ -5877,8 +5897,16 @@ async def _room_for(job: Job, source: ModelSource, listing: Listing) -> list[Rem
     """The files that a job brings, for which there is room. Raises DiskFull, and as `chosen_files` does."""
     files = chosen_files(listing, source, job)
     here = await asyncio.to_thread(lambda: sum(bytes_here(listing, file) for file in files))
-    await make_sure_of_room(sum(file.size for file in files) - here, listing.folder, job)
+    total = sum(file.size for file in files)
+    await make_sure_of_room(total - here, listing.folder, job, functools.partial(_try_to_read, listing, files[-1]))
+    job.size_bytes, job.bytes_done, job.repository = total, here, listing.repo  # from now on others count with it
     return files
+
+
+def _try_to_read(listing: Listing, file: RemoteFile) -> None:
+    """See that the Hub gives a file out: no model goes for one that is gated. Raises a ServerError. Blocking."""
+    order = Fetch(listing.repo, listing.revision, [], str(listing.folder), listing.endpoint, listing.token)
+    Download(order, lambda _: None).head(file, 1)
 
 
 async def open_job(job: Job) -> tuple[Job, bool]:
@@ -5887,20 +5915,29 @@ async def open_job(job: Job) -> tuple[Job, bool]:
         raise Unavailable("The server is stopping. Pull again when it is back.", retry_after=10)
     async with job_lock:  # an equal pull hears of a job only when that job is durable
         if (old := _open_equal(job)) is not None:
-            return (await resume_job(old.id) if old.status == "paused" else old), False
+            await _join_job(old, job)
+            return old, False
         await store.save_job(job)
         jobs[job.id] = job
     _start_job(job)
     return job, True
 
 
+async def _join_job(old: Job, job: Job) -> None:
+    """Add to an open job what an equal one wishes beside; a paused one goes on."""
+    if (job.pin, job.make_room) > (old.pin, old.make_room):
+        await _update_job(old, pin=old.pin or job.pin, make_room=old.make_room or job.make_room)
+    await _resume(old)
+
+
 async def verify_model(raw: str) -> Job:
     """Open a job that hashes every file of a model again, and fetches anew what is wrong. Raises ModelNotFound."""
     meta = find_model(raw)
-    meta = model_meta.get(meta.parent, meta)
+    meta = model_meta.get(meta.parent, meta)  # an alias may have outlived its model, and holds the files alone
     job = Job("job_" + secrets.token_hex(8), meta.name, created_at=now_iso(), check=True)
     uploaded = Path(meta.local_path).is_relative_to(STATE_DIR / "blobs")
-    job.revision = meta.revision if not uploaded and resolve_name(meta.name).repo is not None else None
+    from_hub = not uploaded and resolve_name(meta.parent or meta.name).repo is not None
+    job.revision = meta.revision if from_hub else None
     job.preferred_quantized, job.pin = meta.preferred_quantized, meta.pinned
     job.trust_remote_code, job.allow_pickle = meta.trust_remote_code, meta.allow_pickle
     return (await open_job(job))[0]
@@ -5934,22 +5971,45 @@ def find_job(job_id: str) -> Job:
 async def stop_job(job_id: str, status: Literal["cancelled", "paused"]) -> Job:
     """End a job, or stop it for now; a finished one stays as it is. The download has ended before the job says so."""
     job = find_job(job_id)
-    if (task := job_tasks.get(job_id)) is not None:
-        task.cancel()
-        await asyncio.wait([task])
-    if job.status not in FINAL_STATUSES:
-        await _update_job(job, status=status, speed=None, eta_seconds=None)
-        log.info("Job %s %s: pull %s", job.id, status, job.model)
+    async with job_lock:
+        if (task := job_tasks.get(job_id)) is not None:
+            task.cancel()
+            await asyncio.wait([task])
+        if job.status not in FINAL_STATUSES:
+            await _update_job(job, status=status, speed=None, eta_seconds=None)
+            log.info("Job %s %s: pull %s", job.id, status, job.model)
     return job
 
 
 async def resume_job(job_id: str) -> Job:
     """Let a paused job go on; any other stays as it is."""
     job = find_job(job_id)
-    if job.status == "paused":
-        await _update_job(job, status="queued")
-        _start_job(job)
+    async with job_lock:
+        await _resume(job)
     return job
+
+
+async def _resume(job: Job) -> None:
+    if job.status == "paused":
+        try:
+            await _update_job(job, status="queued")
+        except ServerError:
+            job.status = "paused"  # nobody was told otherwise
+            raise
+        _start_job(job)
+
+
+async def watch_job(job: Job) -> AsyncGenerator[bytes, None]:
+    """A job as server-sent events: now, at every change, and at its end; a comment every 15 s keeps the line open."""
+    while (changed := job_changed.next()) and job.status not in FINAL_STATUSES and app.state.phase != "stopping":
+        yield sse(("progress", msgspec.to_builtins(job)))
+        while not changed.is_set():
+            try:
+                await asyncio.wait_for(changed.wait(), 15)
+            except TimeoutError:
+                yield b": keep-alive\n\n"
+    if job.status in FINAL_STATUSES:  # else the server stops; the job goes on at its next start
+        yield sse(("done", msgspec.to_builtins(job)))
 
 
 async def _park_jobs() -> None:
@@ -5986,7 +6046,8 @@ async def _background_pull(job: Job) -> None:
 
 def _source_of(job: Job) -> ModelSource:
     """Where a job's model comes from; the revision is the job's."""
-    source = resolve_name(job.model)
+    held = model_meta.get(job.model) if job.check else None
+    source = resolve_name(held.parent or held.name if held else job.model)
     return msgspec.structs.replace(source, revision=job.revision) if source.repo is not None else source
 
 
@@ -6003,6 +6064,10 @@ async def _pull_model(job: Job) -> ModelMeta:
         path, revision = await asyncio.to_thread(_packaged_files, source)
     else:
         path, revision = await _fetch_from_hub(job, source)
+    if job.check and held is not None:  # its facts are those of its revision, which may be older than the newest
+        if job.repaired:
+            _outdate_engine(base_of(held).name)
+        return held
     async with files_lock:
         return await _described(job, source, path, revision)
 
@@ -6027,6 +6092,8 @@ async def _described(job: Job, source: ModelSource, path: Path, revision: str) -
     await _remember_model(meta)
     if not same:
         _outdate_engine(meta.name)
+    if old is not None and old.local_path != meta.local_path:  # a newer revision takes the place of the older one
+        await asyncio.to_thread(_remove_files, old, list(model_meta.values()))
     return meta
 
 
@@ -6034,7 +6101,8 @@ async def _fetch_from_hub(job: Job, source: ModelSource) -> tuple[Path, str]:
     """Bring a repository's files into the Hub's cache. Raises what the Hub or the worker refuses with."""
     listing = await _listing_for(job, source)
     files = await _room_for(job, source, listing)
-    known = any(meta.revision == listing.revision and meta.source == listing.repo for meta in model_meta.values())
+    await _update_job(job)  # with the name that the Hub gives the repository
+    known = (held := model_meta.get(source.name)) is not None and held.revision == listing.revision
     fetch = Fetch(
         listing.repo, listing.revision, files, str(listing.folder), listing.endpoint, listing.token,
         reference="" if source.revision == listing.revision else source.revision or "main",
@@ -6079,9 +6147,7 @@ async def _run_worker(fetch: Fetch, job: Job) -> Fetched:
                 case Progress():
                     await _update_job(job, durable=False, **_progress_of(report, before))
                 case Refused(kind, message, details):
-                    error = error_of(kind, message)
-                    error.details = details
-                    raise error
+                    raise error_of(kind, message, details)
                 case Fetched():
                     return report
     finally:
@@ -6149,11 +6215,27 @@ def _join(pieces: list[Path], target: Path) -> None:
         raise kind(f"The disk cannot be written ({error.strerror}): free some space and pull again.") from error
 
 
+# -- models on disk: remembered, pinned, deleted ---------------------------------
+
+
 async def _remember_model(meta: ModelMeta) -> None:
     """Write a model's facts; a fresh pull also forgives failures, since its files or its grants are new."""
     await store.save_model(meta)
     model_meta[meta.name] = meta
     _clear_failures(meta.name)
+
+
+async def pin_model(raw: str, pinned: bool) -> ModelMeta:
+    """Keep a model from being deleted to make room, or no longer. Raises ModelNotFound."""
+    meta = find_model(raw)
+    meta.pinned = pinned
+    await store.save_model(meta)
+    return meta
+
+
+def _clear_failures(name: str) -> None:
+    failed_loads.pop(name, None)
+    engine_deaths.pop(name, None)
 
 
 async def delete_model(raw: str) -> None:
@@ -6180,49 +6262,74 @@ def _remove_files(meta: ModelMeta, others: list[ModelMeta]) -> None:
         return
     if path.is_relative_to(STATE_DIR):
         shutil.rmtree(path.parent, ignore_errors=True)
-    elif resolve_name(meta.parent or meta.name).repo is None:
-        return
-    elif not any(other.revision == meta.revision for other in others):
-        _remove_revision(meta.revision)
-    else:
-        for link in weight_files(meta):
-            blob = link.resolve()
-            link.unlink()
-            blob.unlink(missing_ok=True)
+    elif in_hub_cache(path):
+        _remove_from_cache(meta, others)
 
 
-def _remove_revision(revision: str) -> None:
-    """Delete a commit from the Hub's cache; files of other commits stay. Raises Unavailable."""
-    from huggingface_hub import errors, scan_cache_dir
+def in_hub_cache(path: Path) -> bool:
+    """Whether a model's files came from the Hub; files of the operator's, and of packages, never do."""
+    from huggingface_hub import constants
 
+    return path.is_relative_to(constants.HF_HUB_CACHE)
+
+
+def _remove_from_cache(meta: ModelMeta, others: list[ModelMeta]) -> None:
+    """Delete a model's links, then the blobs that no link of its repository leads to. Raises Unavailable."""
+    path = Path(meta.local_path)
+    snapshot = next(parent for parent in (path, *path.parents) if parent.parent.name == "snapshots")
+    folder = snapshot.parent.parent
+    alone = not any(Path(other.local_path).is_relative_to(snapshot) for other in others)
     try:
-        scan_cache_dir().delete_revisions(revision).execute()
-    except errors.CacheNotFound:
-        return
+        links = [link for link in snapshot.rglob("*") if not link.is_dir()] if alone else weight_files(meta)
+        gone = {link.readlink().name for link in links if link.is_symlink()}
+        for link in links:
+            link.unlink()
+        for name in gone - linked_blobs(folder):
+            (folder / "blobs" / name).unlink(missing_ok=True)
+        if alone:
+            shutil.rmtree(snapshot, ignore_errors=True)
+            for reference in (folder / "refs").rglob("*"):
+                if reference.is_file() and reference.read_text(errors="replace").strip() == snapshot.name:
+                    reference.unlink()
+        if not any((folder / "snapshots").iterdir()) and not any((folder / "blobs").iterdir()):
+            shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         text = f"The Hub's cache cannot be written ({error.strerror}): check the rights of HF_HOME."
         raise Unavailable(text) from error
 
 
-# -- what downloads have left --------------------------------------------------
+def linked_blobs(folder: Path) -> set[str]:
+    """The names of the blobs that a snapshot of a repository leads to. Blocking."""
+    return {link.readlink().name for link in (folder / "snapshots").rglob("*") if link.is_symlink()}
+
+
+# -- what is left of downloads, and of the last run ------------------------------
 
 
 def list_partials() -> list[Json]:
-    """Files in the Hub's cache that are not complete, with the open job that will complete them. Blocking."""
+    """Files in the Hub's cache that are not complete, or that no snapshot has, with the open job that will use them."""
     from huggingface_hub import constants
 
-    busy = dict[str, Job]()
-    for going in [job for job in list(jobs.values()) if job.status not in FINAL_STATUSES]:
+    going = [job for job in list(jobs.values()) if job.status not in FINAL_STATUSES]
+    busy, found = dict[str, Job](), list[Json]()
+    for job in going:
         with suppress(BadRequest, NotFound):  # the catalogue may have changed
-            busy[(_source_of(going).repo or "").lower()] = going
-    found = list[Json]()
-    for path in Path(constants.HF_HUB_CACHE).glob(f"models--*/blobs/*{PARTIAL_SUFFIX}"):
-        facts, repo = path.stat(), path.parent.parent.name.removeprefix("models--").replace("--", "/")
-        job, held = busy.get(repo.lower()), getattr(facts, "st_blocks", 0) * 512 or facts.st_size
-        row: Json = {"repo": repo, "file": path.name.removesuffix(PARTIAL_SUFFIX), "bytes": held}
-        changed = iso_time(datetime.fromtimestamp(facts.st_mtime, UTC))
-        found.append({**row, "modified_at": changed, "job_id": job.id if job else None})
+            busy[(job.repository or _source_of(job).repo or "").lower()] = job
+    for folder in Path(constants.HF_HUB_CACHE).glob("models--*"):
+        repo, linked = folder.name.removeprefix("models--").replace("--", "/"), linked_blobs(folder)
+        for path in (folder / "blobs").glob("*"):
+            ours = path.name.endswith(PARTIAL_SUFFIX)
+            if ours or not (path.name in linked or path.name.endswith(".incomplete")):
+                with suppress(FileNotFoundError):  # it was published meanwhile
+                    found.append(_partial_row(path, repo, busy.get(repo.lower())))
     return found
+
+
+def _partial_row(path: Path, repo: str, job: Job | None) -> Json:
+    facts = path.stat()
+    row: Json = {"repo": repo, "file": path.name, "bytes": getattr(facts, "st_blocks", 0) * 512 or facts.st_size}
+    changed = iso_time(datetime.fromtimestamp(facts.st_mtime, UTC))
+    return {**row, "modified_at": changed, "job_id": job.id if job else None}
 
 
 def clean_partials() -> Json:
@@ -6232,21 +6339,8 @@ def clean_partials() -> Json:
     orphans = [row for row in list_partials() if row["job_id"] is None]
     for row in orphans:
         folder = Path(constants.HF_HUB_CACHE, "models--" + row["repo"].replace("/", "--"), "blobs")
-        (folder / f"{row['file']}{PARTIAL_SUFFIX}").unlink(missing_ok=True)
+        (folder / row["file"]).unlink(missing_ok=True)
     return {"removed": len(orphans), "bytes": sum(row["bytes"] for row in orphans)}
-
-
-async def pin_model(raw: str, pinned: bool) -> ModelMeta:
-    """Keep a model from being deleted to make room, or no longer. Raises ModelNotFound."""
-    meta = find_model(raw)
-    meta.pinned = pinned
-    await store.save_model(meta)
-    return meta
-
-
-def _clear_failures(name: str) -> None:
-    failed_loads.pop(name, None)
-    engine_deaths.pop(name, None)
 
 
 async def restore_state() -> None:
@@ -6284,19 +6378,6 @@ def _claim_state_dir() -> Any:
         log.critical("STATE_DIR %s cannot be written: %s. Free the disk or set STATE_DIR.", STATE_DIR, error.strerror)
         raise SystemExit(73) from error
     return lock
-
-
-async def watch_job(job: Job) -> AsyncGenerator[bytes, None]:
-    """A job as server-sent events: now, at every change, and at its end; a comment every 15 s keeps the line open."""
-    while (changed := job_changed.next()) and job.status not in FINAL_STATUSES and app.state.phase != "stopping":
-        yield sse(("progress", msgspec.to_builtins(job)))
-        while not changed.is_set():
-            try:
-                await asyncio.wait_for(changed.wait(), 15)
-            except TimeoutError:
-                yield b": keep-alive\n\n"
-    if job.status in FINAL_STATUSES:  # else the server stops; the job goes on at its next start
-        yield sse(("done", msgspec.to_builtins(job)))
 
 
 # -- the pull worker, a child process -----------------------------------------
@@ -6491,7 +6572,8 @@ class Download:
     def __init__(self, fetch: Fetch, send: Callable[[Report], None]) -> None:
         self._fetch, self._send, self.limit = fetch, send, fetch.bandwidth
         self._folder = Path(fetch.folder)
-        proxy = urllib.request.getproxies().get(urlsplit(fetch.endpoint).scheme)
+        hub = urlsplit(fetch.endpoint)
+        proxy = None if urllib.request.proxy_bypass(hub.netloc) else urllib.request.getproxies().get(hub.scheme)
         manager = functools.partial(urllib3.ProxyManager, proxy) if proxy else urllib3.PoolManager
         timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=PULL_STALL_SECONDS)
         self._pool = manager(maxsize=CONNECTIONS, timeout=timeout, retries=False)
@@ -6532,7 +6614,7 @@ class Download:
 
     def _sort_out(self, blobs: Path) -> list[str]:
         """Find out which files are missing or wrong, and return their names; a wrong one is taken away."""
-        wrong, missing = list[str](), dict[str, RemoteFile]()
+        wrong = list[RemoteFile]()
         for file in self._fetch.files:
             path = file_here(self._folder, self._fetch.revision, file)
             self._report(file=file.name)
@@ -6540,12 +6622,11 @@ class Download:
             if path is not None and here and (not self._fetch.check_all or file_matches(path, file)):
                 self._ready += file.size
                 continue
-            wrong.append(file.name)
-            missing[file.digest] = file
+            wrong.append(file)
             if path is not None:
                 path.resolve().unlink()
-        self._partials = [Partial(blobs, file) for file in missing.values()]
-        return wrong
+        self._partials = [Partial(blobs, file) for file in {file.digest: file for file in wrong}.values()]
+        return [file.name for file in wrong]
 
     def _bring(self) -> None:
         """Fetch in rounds: a file that changed on its way, or arrived as another, begins anew. Raises a ServerError."""
@@ -6770,22 +6851,21 @@ def file_here(folder: Path, revision: str, file: RemoteFile) -> Path | None:
     return next((path for path in places if path.exists()), None)
 
 
-HUB_REFUSALS = {  # by the status of the answer
-    401: (
-        HubUnauthorized,
-        "The Hub asks who you are: the model is private or does not exist. Check the name, or set HF_TOKEN anew.",
-    ),
-    403: (GatedModel, "The Hub asks for this model's licence: accept it on the model's page, then set HF_TOKEN."),
-    404: (NotFound, "The Hub has no such model, or it is private: check the name, or set HF_TOKEN."),
-    429: (RateLimited, "The Hub answers to fewer requests than these (429). Pull again later."),
-}
-
-
 def hub_refusal(status: int, reply: Any) -> ServerError:
     """What an answer of the Hub's that is none means, and what to do."""
-    refused = HubRefused if 400 <= status < 500 else HubFailed
-    kind, text = HUB_REFUSALS.get(status, (refused, f"The Hub answered with status {status}. Pull again later."))
-    return kind(text, urllib3.Retry().get_retry_after(reply))
+    kinds = {401: HubUnauthorized, 403: GatedModel, 404: NotFound, 429: RateLimited}
+    texts = {
+        401: "The Hub asks who you are: the model is private or does not exist. Check the name, or set HF_TOKEN anew.",
+        403: "The Hub asks for this model's licence: accept it on the model's page, then set HF_TOKEN.",
+        404: "The Hub has no such model, or it is private: check the name, or set HF_TOKEN.",
+        429: "The Hub answers to fewer requests than these (429). Pull again later.",
+    }
+    kind = kinds.get(status, HubRefused if 400 <= status < 500 else HubFailed)
+    text = texts.get(status, f"The Hub answered with status {status}. Pull again later.")
+    wait = None
+    with suppress(urllib3.exceptions.InvalidHeader, OverflowError):  # another form than the two of HTTP
+        wait = urllib3.Retry().get_retry_after(reply)
+    return kind(text, min(wait, LONGEST_RETRY_AFTER) if wait else None)
 
 
 def pull_problem(error: BaseException, asked: bool = False) -> ServerError:
@@ -7144,11 +7224,6 @@ def memory_needs(meta: ModelMeta, backend: str, quantization: str, tokens: int =
     return weights, cache, overhead
 
 
-def predicted_bytes(meta: ModelMeta, backend: str, quantization: str) -> int:
-    """What a load will take of the device, or of host memory."""
-    return sum(memory_needs(meta, backend, quantization))
-
-
 def free_bytes() -> int:
     """What a model could take now: free memory of all devices, or without one of the host."""
     devices = gpu_devices()
@@ -7246,7 +7321,7 @@ async def _try_rung(meta: ModelMeta, backend: str, quantization: str) -> EngineP
         raise RungRefused(reason)
     if reason := _ungranted(meta, backend):
         raise RemoteCodeNotGranted(reason)
-    await _evict_lru_if_needed(predicted_bytes(meta, backend, quantization))
+    await _evict_lru_if_needed(sum(memory_needs(meta, backend, quantization)))
     spec = _engine_spec(meta, backend, quantization)
     log.info("Loading %s with %s (quantization=%s, threads=%d)", meta.name, backend, spec.quantization, spec.threads)
     engine = EngineProcess(spec, meta.revision, _record_death)
@@ -7603,7 +7678,8 @@ async def _subject(body: PlanBody) -> Subject:
         return meta, await asyncio.to_thread(_files_of, meta), None
     try:
         async with asyncio.timeout(PLAN_SECONDS):
-            return await asyncio.to_thread(_remote_subject, source, await hub_listing(source), job)
+            read = functools.partial(_remote_subject, source, await hub_listing(source), job)
+            return await asyncio.wrap_future(in_daemon_thread(read))
     except TimeoutError as error:
         raise Stalled(f"The Hub took over {PLAN_SECONDS:.0f} s. Check the network and try again.") from error
 

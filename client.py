@@ -584,7 +584,7 @@ def remember_import(path: Path, name: str, license_name: str | None) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _one_at_a_time(file.with_name("imports.lock")):
             entries = _read_imports(file)
-            entries[name] = {"path": os.path.abspath(path), "license": license_name}
+            entries[name] = {"path": os.path.abspath(path), **({"license": license_name} if license_name else {})}
             _replace(file, json.dumps(entries, indent=2).encode())
     except OSError as error:
         raise CommandError(f"{file} cannot be written: {error.strerror}. Free the disk or set STATE_DIR.") from error

@@ -35,7 +35,7 @@ FIELDS = {
     "id", "model", "revision", "quantize", "init", "trust_remote_code", "status", "created_at", "started_at",
     "finished_at", "error", "error_kind", "traceback", "local_path", "size_bytes", "bytes_done", "file", "speed",
     "eta_seconds", "load_phases", "preferred_quantized", "allow_pickle", "make_room", "pin", "check", "attempts",
-    "waiting_for", "bytes_fetched", "fetch_seconds", "repaired",
+    "waiting_for", "bytes_fetched", "fetch_seconds", "repaired", "repository",
 }  # fmt: skip
 STATUSES = {"queued", "running", "succeeded", "failed", "cancelled"}
 FINAL = {"succeeded", "failed", "cancelled"}

@@ -389,10 +389,10 @@ def test_a_model_on_disk_needs_no_network(stub: HubStub, machine: pytest.MonkeyP
     assert planned["download_bytes"] == 0
     assert planned["serves"]["backend"] == "transformers"
     total = rung(planned, "transformers")["total_bytes"]
-    assert total == app.predicted_bytes(meta, "transformers", "none")
+    assert total == sum(app.memory_needs(meta, "transformers", "none"))
     meta.memory_bytes, meta.last_backend = 5 * GIBIBYTE, "transformers"
     assert rung(plan("org/here"), "transformers")["total_bytes"] == 5 * GIBIBYTE + 8192 * 23040
-    assert app.predicted_bytes(meta, "transformers", "none") == 5 * GIBIBYTE + 8192 * 23040
+    assert sum(app.memory_needs(meta, "transformers", "none")) == 5 * GIBIBYTE + 8192 * 23040
     assert plan("smollm2:135m")["serves"]["backend"] == "llama.cpp"
     assert not stub.requests
 

@@ -621,7 +621,7 @@ def test_a_prediction_is_what_the_engine_will_reserve(pipeline: int) -> None:
             patch.setattr(app, "PIPELINE_PARALLEL_SIZE", pipeline)
             patch.setattr(app, "gpu_devices", lambda: gpus(count, total, total))
             spec = app._engine_spec(meta, "vllm", quantization)
-            predicted = app.predicted_bytes(meta, "vllm", quantization)
+            predicted = sum(app.memory_needs(meta, "vllm", quantization))
         used = min(count, spec.tensor_parallel * spec.pipeline_parallel)
         each = spec.kv_cache_bytes + app.ENGINE_OVERHEAD_BYTES
         assert predicted == app.weight_bytes(meta, quantization) + used * each
@@ -639,22 +639,22 @@ def test_prediction_without_a_reserved_cache(size: int, per_token: int, context:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app, "gpu_devices", lambda: [])
         patch.setattr(app, "_cpu_has_bfloat16", lambda: True)
-        predicted = app.predicted_bytes(meta, backend, "none")
+        predicted = sum(app.memory_needs(meta, backend, "none"))
         cache = per_token * min(context, app.MAX_CONTEXT_LENGTH)
         assert predicted - app.CPU_OVERHEAD_BYTES[backend] == size + (2 if backend == "llama.cpp" else 1) * cache
         meta.memory_bytes, meta.last_backend = size + 10**12, backend
         grows = 0 if backend == "llama.cpp" else cache  # what it had then was before the first token
-        assert app.predicted_bytes(meta, backend, "none") == size + 10**12 + grows
-        assert app.predicted_bytes(meta, "vllm", "none") < 10**12 + size
+        assert sum(app.memory_needs(meta, backend, "none")) == size + 10**12 + grows
+        assert sum(app.memory_needs(meta, "vllm", "none")) < 10**12 + size
 
 
 def test_a_prediction_never_counts_on_weights_that_were_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU transformers maps its files: after a load less is resident than a request will need."""
     monkeypatch.setattr(app, "gpu_devices", lambda: [])
     meta = app.ModelMeta("m", "test", "/", size_bytes=10**10)
-    fresh = app.predicted_bytes(meta, "transformers", "none")
+    fresh = sum(app.memory_needs(meta, "transformers", "none"))
     meta.memory_bytes, meta.last_backend = 10**9, "transformers"
-    assert app.predicted_bytes(meta, "transformers", "none") == fresh
+    assert sum(app.memory_needs(meta, "transformers", "none")) == fresh
 
 
 # -- what a pull leaves true --------------------------------------------------
