@@ -128,7 +128,7 @@ import urllib.request
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, aclosing, asynccontextmanager, closing, suppress
+from contextlib import ExitStack, aclosing, asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from hashlib import file_digest, sha1, sha256
@@ -136,7 +136,7 @@ from io import FileIO
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal, TypeVar, cast
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import msgspec
 import platformdirs
@@ -146,7 +146,7 @@ import urllib3
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -287,6 +287,7 @@ PARTIAL_SUFFIX = ".ai-server.incomplete"  # other tools of the Hub's cache know 
 PULL_ROUNDS = 3  # so often a file begins anew that changed on its way or arrived wrong
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 8.0  # the wait after a failure doubles, from the first to the second
 LONGEST_RETRY_AFTER = 3600.0  # what the Hub may ask for
+MAX_SIDE_FILE_BYTES = 64 * MEBIBYTE  # of JSON that is read as a whole: a file beside the weights, a list of the Hub's
 CONNECT_SECONDS, PRECHECK_SECONDS, SYNC_SECONDS, PLAN_SECONDS = 10.0, 2.0, 1.0, 60.0
 REDIRECTS, MAX_REDIRECTS = (301, 302, 303, 307, 308), 8
 EXPIRED = (400, 401, 403, 404, 410)  # what storage says to an address that is signed, and no longer good
@@ -5282,18 +5283,22 @@ def imported() -> dict[str, tuple[str, CatalogueEntry]]:
     """What the operator has registered with `ai-server import`, by name in lower case. Raises Unavailable."""
     path = STATE_DIR / "imports.json"
     try:
-        entries = msgspec.json.decode(path.read_bytes() if path.exists() else b"{}", type=dict[str, CatalogueEntry])
+        entries = msgspec.json.decode(path.read_bytes() if path.exists() else b"{}", type=dict[str, Json])
     except (OSError, msgspec.MsgspecError) as error:
         raise Unavailable(f"The file {path.name} of imported models cannot be read: {error}") from error
-    return {name.lower(): (name, entry) for name, entry in entries.items()}
+    known = CatalogueEntry.__struct_fields__  # an entry of another version must not take every model away
+    kept = {
+        name: {key: value for key, value in entry.items() if key in known and value} for name, entry in entries.items()
+    }
+    return {name.lower(): (name, msgspec.convert(entry, CatalogueEntry)) for name, entry in kept.items()}
 
 
 def resolve_name(raw: str, revision: str | None = None) -> ModelSource:
     """Turn what a user typed into a source: a name of the catalogue, else a Hub id. Raises BadRequest, NotFound."""
     lowered = raw.lower() if raw.isascii() else ""
     model, _, tag = lowered.partition(":")
-    found = catalogue().get(lowered) or (catalogue().get(model) if tag == "latest" else None)  # the default tag
-    found = found or imported().get(lowered)
+    known = catalogue() | imported()  # the operator's word wins
+    found = known.get(lowered) or (known.get(model) if tag == "latest" else None)  # the default tag
     if found is not None:
         name, entry = found
         elsewhere = entry.package or entry.parts or entry.path
@@ -5494,6 +5499,8 @@ class SideFile(msgspec.Struct):
 
 def _read_side_file(path: Path, kind: type[T]) -> T:
     try:
+        if path.stat().st_size > MAX_SIDE_FILE_BYTES:
+            raise OSError(errno.EFBIG, "too large")
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise BadModelFiles(f"{path.name} is missing or not what it should be: {error}. Pull it again.") from error
@@ -5634,7 +5641,7 @@ def describe_model(source: ModelSource, path: Path, revision: str, allow_pickle:
     else:
         _describe_configuration(meta, configuration)
         template, tokens = _template_of(path), path / "tokenizer.json"
-        known = tokens.read_bytes() if tokens.exists() else b""
+        known = tokens.read_bytes() if tokens.exists() and tokens.stat().st_size < MAX_SIDE_FILE_BYTES else b""
         insert = any(f'"{form.partition("{}")[0]}"'.encode() in known for form in INFILL)
     meta.has_chat_template, meta.license = bool(template), entry.license
     meta.capabilities = _capabilities(meta, template, insert, rank)
@@ -5747,9 +5754,11 @@ def _list_repository(repo: str, revision: str | None) -> Listing:
 
 
 def _stay_on_https(response: Any) -> None:
-    """For the Hub's client: the digests of all files come with its answers. Raises BadRedirect."""
+    """For the Hub's client: the digests of all files come with its answers. Raises BadRedirect, BadHubReply."""
     if response.is_redirect:
         redirected(str(response.request.url), response.headers.get("location", ""))
+    if int(response.headers.get("content-length", 0)) > MAX_SIDE_FILE_BYTES:
+        raise BadHubReply("The Hub's answer is larger than any list of files. Check HF_ENDPOINT.")
 
 
 def check_names(files: list[RemoteFile]) -> None:
@@ -5845,7 +5854,8 @@ async def make_sure_of_room(
         if needed > min(rooms) + sum(victim.size_bytes for victim in victims):
             room, place = (rooms[0], "on the disk") if needed > rooms[0] else (rooms[1], "of DISK_QUOTA")
             what = f"{wish.model} needs {readable_bytes(needed)}, and there are {readable_bytes(max(0, room))} {place}"
-            raise DiskFull(f'{what}: free some space, or pull with {{"make_room": true}}, which deletes unused models.')
+            way = "" if wish.make_room else ', or pull with {"make_room": true}, which deletes unused models'
+            raise DiskFull(f"{what}: free some space{way}.")
         await asyncio.wrap_future(in_daemon_thread(before_deleting))
         victim = victims.popleft()
         log.info("Deleting %s, not used since %s, for %s", victim.name, victim.last_used_at, wish.model)
@@ -5866,10 +5876,12 @@ def removable_models() -> list[ModelMeta]:
 
 def job_of(body: PullBody) -> Job:
     """The job that a body asks for. Raises BadRequest, NotFound."""
-    source, quantized = resolve_name(body.model, body.revision), {"auto": None, "4bit": True, "none": False}
+    source = resolve_name(body.model, body.revision)
     job = Job("job_" + secrets.token_hex(8), source.name, source.revision, created_at=now_iso())
-    wishes = body.model_dump(exclude={"model", "revision", "context_length"})
-    return msgspec.structs.replace(job, preferred_quantized=quantized[body.quantize], **wishes)
+    job.preferred_quantized = {"auto": None, "4bit": True, "none": False}[body.quantize]
+    for name in ("quantize", "init", "trust_remote_code", "allow_pickle", "make_room", "pin"):
+        setattr(job, name, getattr(body, name))
+    return job
 
 
 def _open_equal(job: Job) -> Job | None:
@@ -6054,6 +6066,8 @@ def _source_of(job: Job) -> ModelSource:
 async def _pull_model(job: Job) -> ModelMeta:
     """Bring the files, read their facts, remember the model."""
     held = model_meta.get(job.model)
+    if job.check and held is None:
+        raise _no_model(job.model, "it was deleted while it waited to be checked.")
     if job.check and held is not None and (path := Path(held.local_path)).is_relative_to(STATE_DIR / "blobs"):
         digest = path.parent.name
         if not await asyncio.to_thread(file_matches, path, RemoteFile(path.name, held.size_bytes, digest)):
@@ -6247,11 +6261,15 @@ async def delete_model(raw: str) -> None:
         await unload_model(meta.name)
     if meta.name in loads_in_progress:  # it began while the engine was stopped
         raise InUse(f"Model {meta.name} is being loaded. Try again when that is through.")
-    model_meta.pop(meta.name, None)
+    async with files_lock:
+        del model_meta[meta.name]
+        try:
+            await asyncio.to_thread(_remove_files, meta, list(model_meta.values()))
+        except ServerError:
+            model_meta[meta.name] = meta  # what is still on the disk can still be deleted
+            raise
     await store.delete_model(meta.name)
     _clear_failures(meta.name)
-    async with files_lock:
-        await asyncio.to_thread(_remove_files, meta, list(model_meta.values()))
     log.info("Deleted %s from disk", meta.name)
 
 
@@ -6284,7 +6302,9 @@ def _remove_from_cache(meta: ModelMeta, others: list[ModelMeta]) -> None:
         gone = {link.readlink().name for link in links if link.is_symlink()}
         for link in links:
             link.unlink()
-        for name in gone - linked_blobs(folder):
+        repository = folder.name.removeprefix("models--").replace("--", "/")
+        going = any(job.repository == repository for job in list(jobs.values()) if job.status not in FINAL_STATUSES)
+        for name in gone - linked_blobs(folder) if not going else ():  # a job may count on them; /partials has them
             (folder / "blobs" / name).unlink(missing_ok=True)
         if alone:
             shutil.rmtree(snapshot, ignore_errors=True)
@@ -6497,11 +6517,15 @@ class Partial:
 
     def sync(self) -> None:
         """Bring what is written to the disk, and only then say that it is there."""
-        with suppress(ValueError):  # it was published meanwhile, synced as a whole
-            if self._data is not None and (written := [at for at, state in enumerate(self.states) if state == 1]):
+        written = [at for at, state in enumerate(self.states) if state == 1]
+        try:
+            if self._data is not None and written:
                 os.fsync(self._data.fileno())
                 for segment in written:
                     self.mark(segment, 2)
+        except (OSError, ValueError):
+            if self._data is not None and not self._data.closed:  # else it was published meanwhile, synced as a whole
+                raise
 
     def arrive(self) -> bool:
         """Hash the file close behind those who fill it, and publish what is right; false also if it was closed."""
@@ -6573,8 +6597,12 @@ class Download:
         self._fetch, self._send, self.limit = fetch, send, fetch.bandwidth
         self._folder = Path(fetch.folder)
         hub = urlsplit(fetch.endpoint)
+        manager: Callable[..., urllib3.PoolManager] = urllib3.PoolManager
         proxy = None if urllib.request.proxy_bypass(hub.netloc) else urllib.request.getproxies().get(hub.scheme)
-        manager = functools.partial(urllib3.ProxyManager, proxy) if proxy else urllib3.PoolManager
+        if proxy:
+            address = urllib3.util.parse_url(proxy if "://" in proxy else f"http://{proxy}")
+            secret = urllib3.make_headers(proxy_basic_auth=unquote(address.auth)) if address.auth else None
+            manager = functools.partial(urllib3.ProxyManager, address.url, proxy_headers=secret)
         timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=PULL_STALL_SECONDS)
         self._pool = manager(maxsize=CONNECTIONS, timeout=timeout, retries=False)
         self._partials: list[Partial] = []
@@ -6594,7 +6622,7 @@ class Download:
         blobs, locks = self._folder / "blobs", self._folder.parent / ".locks" / self._folder.name
         for folder in (blobs, locks):
             folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(locks / "ai-server.lock"):  # two workers in one repository would write the same files
+        with self._alone(locks / "ai-server.lock"):
             wrong = self._sort_out(blobs)
             self._report(at_once=True, file=self._fetch.files[0].name)
             self._bring()
@@ -6604,6 +6632,18 @@ class Download:
             if self._fetch.reference:
                 self._refer(self._folder / "refs" / self._fetch.reference)
         return wrong
+
+    @contextmanager
+    def _alone(self, path: Path) -> Iterator[None]:
+        """Wait until no other worker is in the repository's folder: two would write the same files."""
+        lock = FileLock(path)
+        with suppress(Timeout):
+            lock.acquire(timeout=1)
+        if not lock.is_locked:
+            self._report(at_once=True, waiting_for="Another download of the same repository is under way.")
+        with lock:
+            self._report(at_once=True, waiting_for="")
+            yield
 
     def _refer(self, path: Path) -> None:
         """Let a branch or tag lead to the commit; what a kill leaves of it is no reference. Raises OSError."""
@@ -6652,11 +6692,13 @@ class Download:
                 at_end.callback(partial.close)
             at_end.callback(self._stopped.set)
             checks = [checker.submit(partial.arrive) for partial in left]
-            others.submit(self._keep_synced, left)
+            keeper = others.submit(self._keep_synced, left)
             try:
                 for line in as_completed([others.submit(self._drain) for _ in range(CONNECTIONS)]):
                     line.result()
                 wrong = [partial for partial, check in zip(left, checks, strict=True) if not check.result()]
+                self._stopped.set()
+                keeper.result()  # a disk that could not take what was written has said so there, and only once
             except (OSError, DiskFull) as error:
                 if isinstance(pull_problem(error), DiskFull):
                     at_end.callback(_throw_away, left)
@@ -6747,7 +6789,7 @@ class Download:
             response = self._pool.request("GET", url, headers=headers | token, **options)
             if response.status not in REDIRECTS:
                 break
-            response.drain_conn()
+            response.close()  # not read to its end, which may never come
             url = partial.location = redirected(url, response.headers.get("Location", ""))
         else:
             raise BadRedirect("The Hub redirects in a circle. Check HF_ENDPOINT, or pull again later.")
@@ -6836,7 +6878,10 @@ class Download:
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise
-            pointer.hardlink_to(blob)  # Windows allows symbolic links to few
+            try:
+                pointer.hardlink_to(blob)  # Windows allows symbolic links to few
+            except OSError:
+                blob.replace(pointer)  # a disk without any links
 
 
 def _throw_away(partials: list[Partial]) -> None:

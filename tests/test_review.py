@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import subprocess
@@ -300,7 +301,10 @@ def test_a_job_that_is_cancelled_while_it_resumes_stays_cancelled(monkeypatch: p
             await written.wait()
 
         monkeypatch.setattr(app.store, "save_job", save)
-        both = [asyncio.create_task(work(job.id)) for work in (app.resume_job, app.cancel_job)]
+        both = [
+            asyncio.create_task(work(job.id))
+            for work in (app.resume_job, functools.partial(app.stop_job, status="cancelled"))
+        ]
         await asyncio.sleep(0)
         written.set()
         assert [told.status for told in await asyncio.gather(*both)]
