@@ -6107,7 +6107,7 @@ async def _described(job: Job, source: ModelSource, path: Path, revision: str) -
     if not same:
         _outdate_engine(meta.name)
     if old is not None and old.local_path != meta.local_path:  # a newer revision takes the place of the older one
-        await asyncio.to_thread(_remove_files, old, list(model_meta.values()))
+        await asyncio.to_thread(_remove_files, old, list(model_meta.values()), job)
     return meta
 
 
@@ -6273,15 +6273,16 @@ async def delete_model(raw: str) -> None:
     log.info("Deleted %s from disk", meta.name)
 
 
-def _remove_files(meta: ModelMeta, others: list[ModelMeta]) -> None:
-    """Free what no other model uses; what came in a package or was imported stays. Blocking."""
+def _remove_files(meta: ModelMeta, others: list[ModelMeta], ended: Job | None = None) -> None:
+    """Free what no other model uses, nor any job but one that has `ended`; packages and imports stay. Blocking."""
     path = Path(meta.local_path)
     if any(other.local_path == meta.local_path for other in others):
         return
     if path.is_relative_to(STATE_DIR):
         shutil.rmtree(path.parent, ignore_errors=True)
     elif in_hub_cache(path):
-        _remove_from_cache(meta, others)
+        going = [job for job in list(jobs.values()) if job.status not in FINAL_STATUSES and job is not ended]
+        _remove_from_cache(meta, others, {job.repository for job in going})
 
 
 def in_hub_cache(path: Path) -> bool:
@@ -6291,7 +6292,7 @@ def in_hub_cache(path: Path) -> bool:
     return path.is_relative_to(constants.HF_HUB_CACHE)
 
 
-def _remove_from_cache(meta: ModelMeta, others: list[ModelMeta]) -> None:
+def _remove_from_cache(meta: ModelMeta, others: list[ModelMeta], busy: set[str]) -> None:
     """Delete a model's links, then the blobs that no link of its repository leads to. Raises Unavailable."""
     path = Path(meta.local_path)
     snapshot = next(parent for parent in (path, *path.parents) if parent.parent.name == "snapshots")
@@ -6302,9 +6303,8 @@ def _remove_from_cache(meta: ModelMeta, others: list[ModelMeta]) -> None:
         gone = {link.readlink().name for link in links if link.is_symlink()}
         for link in links:
             link.unlink()
-        repository = folder.name.removeprefix("models--").replace("--", "/")
-        going = any(job.repository == repository for job in list(jobs.values()) if job.status not in FINAL_STATUSES)
-        for name in gone - linked_blobs(folder) if not going else ():  # a job may count on them; /partials has them
+        in_use = folder.name.removeprefix("models--").replace("--", "/") in busy  # a job may count on them
+        for name in () if in_use else gone - linked_blobs(folder):
             (folder / "blobs" / name).unlink(missing_ok=True)
         if alone:
             shutil.rmtree(snapshot, ignore_errors=True)

@@ -754,7 +754,7 @@ def test_import_of_a_folder(run: Run, state: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").touch()
     assert run("import", str(tmp_path), "--name", "mine", "--no-pull").code == 0
-    assert imported(state) == {"mine": {"path": str(tmp_path), "license": None}}
+    assert imported(state) == {"mine": {"path": str(tmp_path)}}
 
 
 def test_imports_are_kept(run: Run, state: Path, tmp_path: Path) -> None:
@@ -764,7 +764,7 @@ def test_imports_are_kept(run: Run, state: Path, tmp_path: Path) -> None:
     (state / "imports.json.new").write_text("half of")
     run("import", path, "--name", "b", "--no-pull")
     run("import", path, "--name", "a", "--license", "mit", "--no-pull")
-    assert {name: entry["license"] for name, entry in imported(state).items()} == {"a": "mit", "b": None}
+    assert {name: entry.get("license") for name, entry in imported(state).items()} == {"a": "mit", "b": None}
     assert {file.name for file in state.iterdir()} == {"imports.json", "imports.lock"}
 
 
