@@ -831,7 +831,7 @@ class Store:
 model_cache: "OrderedDict[str, EngineProcess]" = OrderedDict()  # the LRU; written by _cache_model and _drop_engine
 standbys: "dict[str, Standby]" = {}  # by engine; written by keep_standbys, _child_for and unload_all
 model_meta: dict[str, ModelMeta] = {}  # written by _remember_model, delete_model and restore_state
-failed_loads: dict[str, tuple[float, str]] = {}  # monotonic seconds, why; by _load and _clear_failures
+failed_loads: dict[str, tuple[float, str]] = {}  # monotonic seconds, why; by _record_failed_load and _clear_failures
 engine_deaths: dict[str, deque[float]] = {}  # monotonic seconds; written by _record_death and _clear_failures
 loads_in_progress: dict[str, "asyncio.Task[EngineProcess]"] = {}  # written by load_model
 jobs: dict[str, Job] = {}  # written by open_job, _update_job and restore_state
@@ -7289,6 +7289,11 @@ def _record_death(engine: EngineProcess) -> None:
     places_changed.fire()
 
 
+def _record_failed_load(name: str, error: Exception) -> None:
+    """Start the cooldown of a model."""
+    failed_loads[name] = time.monotonic(), str(error)
+
+
 def _check_may_load(meta: ModelMeta) -> None:
     """Raises InCooldown or CrashLoop."""
     if (wait := _in_cooldown(meta.name)) > 0:
@@ -7323,7 +7328,7 @@ async def _load(meta: ModelMeta) -> EngineProcess:
         except ServerError as error:
             log.exception("Loading %s failed: %s", meta.name, error)
             if not isinstance(error, (RemoteCodeNotGranted, NoCapacity)):  # nothing failed
-                failed_loads[meta.name] = time.monotonic(), str(error)  # the cooldown begins
+                _record_failed_load(meta.name, error)
             await _save_figures(meta)
             raise
         await _cache_model(meta, engine)
