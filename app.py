@@ -282,7 +282,7 @@ NO_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)  # what it says when a disk 
 
 # A kill costs a download what is under way: so many connections with so many bytes each, 8 MiB.
 CONNECTIONS, SEGMENT_BYTES = 4, 2 * MEBIBYTE
-CHUNK_BYTES = 256 * 1024  # what is read of a connection at once
+CHUNK_BYTES = MEBIBYTE  # what is read of a connection at most at once; less costs a fifth of the speed
 PARTIAL_SUFFIX = ".ai-server.incomplete"  # other tools of the Hub's cache know the ending
 PULL_ROUNDS = 3  # so often a file begins anew that changed on its way or arrived wrong
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 8.0  # the wait after a failure doubles, from the first to the second
@@ -5730,35 +5730,59 @@ class Listing(msgspec.Struct, frozen=True):
     license: str = ""
 
 
+class HubLFS(msgspec.Struct):
+    """What the Hub says of the content of a large file."""
+
+    sha256: str
+    size: int
+
+
+class HubFile(msgspec.Struct):
+    """A file in the Hub's answer about a model."""
+
+    rfilename: str
+    size: int | None = None
+    blobId: str | None = None  # noqa: N815  (the Hub's name)
+    lfs: HubLFS | None = None
+
+
+class HubModel(msgspec.Struct):
+    """The Hub's answer about a model (its API's `GET /api/models/{repo}?blobs=true`)."""
+
+    id: str
+    sha: str
+    siblings: list[HubFile] = []
+    tags: list[str] = []
+
+
 def _list_repository(repo: str, revision: str | None) -> Listing:
     """Ask the Hub what a repository has. Raises a ServerError that says what to do. Blocking."""
-    from huggingface_hub import HfApi, constants, get_session, get_token
+    from huggingface_hub import constants, get_token  # not its HTTP client, whose lock a forked child finds held
 
-    hooks = get_session().event_hooks
-    if _stay_on_https not in hooks["response"]:
-        get_session().event_hooks = {**hooks, "response": [*hooks["response"], _stay_on_https]}
+    if constants.HF_HUB_OFFLINE:
+        raise HubUnreachable("HF_HUB_OFFLINE is set: nothing is asked of the Hub. Unset it and pull again.")
+    endpoint, token = constants.ENDPOINT.rstrip("/"), get_token() or ""
+    order = Fetch(repo, "", [], "", endpoint, token)
+    place = f"/revision/{quote(revision, safe='')}" if revision else ""
+    answer = Download(order, lambda _: None).question(f"/api/models/{repo}{place}?blobs=true")
     try:
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=PULL_STALL_SECONDS)
-        found = [(one.rfilename, one.size, one.lfs.sha256 if one.lfs else one.blob_id) for one in info.siblings or []]
-        files = [RemoteFile(str(name), int(size or 0), str(digest)) for name, size, digest in found]
-        if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)) or not HUB_NAME.fullmatch(info.id):
+        found = msgspec.json.decode(answer, type=HubModel)
+        if not re.fullmatch(r"[0-9a-f]{40}", found.sha) or not HUB_NAME.fullmatch(found.id):
             raise ValueError("no commit, or no name")
-        check_names(files)
-        by_name = {file.name: file for file in files}
-        folder = Path(constants.HF_HUB_CACHE, "models--" + info.id.replace("/", "--"))
-        license = next((tag[8:] for tag in info.tags or [] if tag.startswith("license:")), "")
-        endpoint, token = constants.ENDPOINT.rstrip("/"), get_token() or ""
-        return Listing(info.id, str(info.sha), by_name, folder, endpoint, token, license)
-    except Exception as error:  # noqa: BLE001  (boundary 2: three libraries raise here, in a thread without a caller)
-        raise pull_problem(error, asked=True) from error
+        files = [_remote_file(file) for file in found.siblings]
+    except (ValueError, RecursionError, msgspec.MsgspecError) as error:
+        text = f"The Hub's answer is not what its protocol says ({type(error).__name__})."
+        raise BadHubReply(f"{text} Check HF_ENDPOINT, or pull again later.") from error
+    check_names(files)
+    by_name = {file.name: file for file in files}
+    folder = Path(constants.HF_HUB_CACHE, "models--" + found.id.replace("/", "--"))
+    license = next((tag[8:] for tag in found.tags if tag.startswith("license:")), "")
+    return Listing(found.id, found.sha, by_name, folder, endpoint, token, license)
 
 
-def _stay_on_https(response: Any) -> None:
-    """For the Hub's client: the digests of all files come with its answers. Raises BadRedirect, BadHubReply."""
-    if response.is_redirect:
-        redirected(str(response.request.url), response.headers.get("location", ""))
-    if int(response.headers.get("content-length", 0)) > MAX_SIDE_FILE_BYTES:
-        raise BadHubReply("The Hub's answer is larger than any list of files. Check HF_ENDPOINT.")
+def _remote_file(file: HubFile) -> RemoteFile:
+    size, digest = (file.lfs.size, file.lfs.sha256) if file.lfs else (file.size or 0, file.blobId or "")
+    return RemoteFile(file.rfilename, size, digest)
 
 
 def check_names(files: list[RemoteFile]) -> None:
@@ -6780,19 +6804,9 @@ class Download:
     def _ask(self, partial: Partial, at: int, end: int, anew: bool = False) -> urllib3.BaseHTTPResponse:
         """Send a request for these bytes, follow redirects, judge the answer. Raises ServerError, BeginAnew."""
         fetch, known = self._fetch, "" if anew else partial.location
-        url = known or f"{fetch.endpoint}/{fetch.repo}/resolve/{fetch.revision}/{quote(partial.file.name)}"
-        headers = {"Range": f"bytes={at}-{end - 1}", "Accept-Encoding": "identity", "User-Agent": USER_AGENT}
-        for _ in range(MAX_REDIRECTS):
-            own = bool(fetch.token) and origin_of(url) == origin_of(fetch.endpoint)
-            token = {"Authorization": f"Bearer {fetch.token}"} if own else {}
-            options: Json = {"redirect": False, "preload_content": False, "decode_content": False}
-            response = self._pool.request("GET", url, headers=headers | token, **options)
-            if response.status not in REDIRECTS:
-                break
-            response.close()  # not read to its end, which may never come
-            url = partial.location = redirected(url, response.headers.get("Location", ""))
-        else:
-            raise BadRedirect("The Hub redirects in a circle. Check HF_ENDPOINT, or pull again later.")
+        own = f"{fetch.endpoint}/{fetch.repo}/resolve/{fetch.revision}/{quote(partial.file.name)}"
+        response, url = self._request(known or own, {"Range": f"bytes={at}-{end - 1}"})
+        partial.location = url if url != own else ""
         try:
             self._judge(partial, response, at, end, from_hub=origin_of(url) == origin_of(fetch.endpoint))
         except (ServerError, BeginAnew):
@@ -6802,21 +6816,55 @@ class Download:
             raise
         return response
 
+    def _request(self, url: str, more: Mapping[str, str]) -> tuple[urllib3.BaseHTTPResponse, str]:
+        """Follow redirects, with the token for the Hub alone; the answer, and from where. Raises BadRedirect."""
+        for _ in range(MAX_REDIRECTS):
+            own = self._fetch.token and origin_of(url) == origin_of(self._fetch.endpoint)
+            token = {"Authorization": f"Bearer {self._fetch.token}"} if own else {}
+            headers = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT, **more, **token}
+            options: Json = {"redirect": False, "preload_content": False, "decode_content": False}
+            response = self._pool.request("GET", url, headers=headers, **options)
+            if response.status not in REDIRECTS:
+                return response, url
+            response.close()  # not read to its end, which may never come
+            url = redirected(url, response.headers.get("Location", ""))
+        raise BadRedirect("The Hub redirects in a circle. Check HF_ENDPOINT, or pull again later.")
+
+    def question(self, path: str) -> bytes:
+        """The Hub's answer to a question, in one try. Raises a ServerError."""
+        try:
+            response, _ = self._request(self._fetch.endpoint + path, {})
+            with closing(response):
+                if response.status != 200:
+                    raise hub_refusal(response.status, response)
+                answer = self._read(response, MAX_SIDE_FILE_BYTES, "its list of files")
+        except urllib3.exceptions.HTTPError as error:
+            raise pull_problem(error) from error
+        if len(answer) == MAX_SIDE_FILE_BYTES:
+            raise BadHubReply("The Hub's answer is larger than any list of files. Check HF_ENDPOINT.")
+        return answer
+
+    def _read(self, response: urllib3.BaseHTTPResponse, most: int, what: str) -> bytes:
+        """The first bytes of an answer, within PLAN_SECONDS. Raises Stalled, urllib3's errors."""
+        data, deadline = bytearray(), time.monotonic() + PLAN_SECONDS
+        while len(data) < most and (more := response.read1(most - len(data), decode_content=False)):
+            data += more
+            if time.monotonic() > deadline:
+                raise Stalled(f"The Hub is too slow with {what}. Check the network and try again.")
+        return bytes(data)
+
     def head(self, file: RemoteFile, size: int) -> bytes:
         """The first bytes of a file, in one try of PLAN_SECONDS. Raises a ServerError."""
-        size, data, more, deadline = min(size, file.size), bytearray(), b"", time.monotonic() + PLAN_SECONDS
-        if not size:
+        if not (size := min(size, file.size)):
             return b""
         try:
             with closing(self._ask(Partial(self._folder / "blobs", file), 0, size)) as response:
-                while len(data) < size and time.monotonic() < deadline and (more or not data):
-                    more = response.read1(size - len(data), decode_content=False)
-                    data += more
+                data = self._read(response, size, file.name)
         except (BeginAnew, urllib3.exceptions.HTTPError) as error:
             raise error.problem if isinstance(error, BeginAnew) else pull_problem(error) from error
         if len(data) < size:
-            raise Stalled(f"The Hub is too slow with {file.name}. Check the network and try again.")
-        return bytes(data)
+            raise Stalled(f"The Hub ends {file.name} too early. Check the network and try again.")
+        return data
 
     def _judge(self, partial: Partial, response: urllib3.BaseHTTPResponse, at: int, end: int, from_hub: bool) -> None:
         """Raises what speaks against an answer: its status, another length or file than announced, a compression."""
@@ -6905,40 +6953,32 @@ def hub_refusal(status: int, reply: Any) -> ServerError:
         404: "The Hub has no such model, or it is private: check the name, or set HF_TOKEN.",
         429: "The Hub answers to fewer requests than these (429). Pull again later.",
     }
+    status = 403 if reply.headers.get("X-Error-Code") == "GatedRepo" else status
     kind = kinds.get(status, HubRefused if 400 <= status < 500 else HubFailed)
     text = texts.get(status, f"The Hub answered with status {status}. Pull again later.")
+    if reply.headers.get("X-Error-Code") == "RevisionNotFound":
+        text = "The Hub has the model, but not this revision: check it, or pull without one."
     wait = None
     with suppress(urllib3.exceptions.InvalidHeader, OverflowError):  # another form than the two of HTTP
         wait = urllib3.Retry().get_retry_after(reply)
     return kind(text, min(wait, LONGEST_RETRY_AFTER) if wait else None)
 
 
-def pull_problem(error: BaseException, asked: bool = False) -> ServerError:
-    """What a download failed with, or a question that was `asked`, and what to do; no text has the token in it."""
-    name, text, reply = type(error).__name__, str(error), getattr(error, "response", None)
-    unknown, circle = name == "RevisionNotFoundError", asked and "edirect" in name + text
+def pull_problem(error: BaseException) -> ServerError:
+    """What a question or a download failed with, and what to do; no text has the token in it."""
     if isinstance(error, ServerError):
         return error
-    if asked and not unknown and (status := getattr(reply, "status_code", None)):
-        return hub_refusal(403 if name == "GatedRepoError" else status, reply)
-    number = error.errno if isinstance(error, OSError) and not asked else None
-    tls = isinstance(error, urllib3.exceptions.SSLError) or (asked and ("CERTIFICATE" in text or "SSL" in text))
+    name, number = type(error).__name__, error.errno if isinstance(error, OSError) else None
+    tls = isinstance(error, urllib3.exceptions.SSLError)
     stalled = isinstance(error, urllib3.exceptions.ReadTimeoutError)
-    # huggingface_hub asks through httpx, in later versions through httpx2.
-    offline = asked and (isinstance(error, OSError) or "httpx" in type(error).__module__)
-    offline = offline or isinstance(error, urllib3.exceptions.HTTPError)
-    odd = f"The Hub's answer is not what its protocol says ({name}). Check HF_ENDPOINT, or pull again later."
+    offline = isinstance(error, urllib3.exceptions.HTTPError)
     causes: tuple[tuple[bool, type[ServerError], str], ...] = (  # the first that applies
-        (unknown, NotFound, "The Hub has the model, but not this revision: check it, or pull without one."),
-        (name == "HFValidationError", InvalidModelName, f"The Hub's client refuses this name: {text}"),
-        (circle, BadRedirect, "The Hub redirects in a circle. Check HF_ENDPOINT, or pull again later."),
         (tls, TLSFailed, "The Hub's certificate cannot be verified: check the clock, HF_ENDPOINT and SSL_CERT_FILE."),
         (stalled, Stalled, f"The Hub sent nothing for {PULL_STALL_SECONDS:g} s. Check the network and pull again."),
         (offline, HubUnreachable, f"The Hub cannot be reached ({name}). Check the network and pull again."),
         (number in NO_ROOM, DiskFull, "The disk became full during the download: free some space and pull again."),
         (number in NO_WRITE, ReadOnly, "The Hub's cache cannot be written: check the rights of HF_HOME."),
-        (asked, BadHubReply, odd),
-        (True, ServerError, f"The download failed: {name}: {text}"),
+        (True, ServerError, f"The download failed: {name}: {error}"),
     )
     return next(kind(told) for applies, kind, told in causes if applies)
 

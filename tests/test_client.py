@@ -1,5 +1,6 @@
 """The command line against a server that answers as it is told, and at the end against a real one."""
 
+import functools
 import json
 import os
 import re
@@ -462,7 +463,10 @@ def test_ctrl_c_leaves_the_job_running(fake: FakeServer) -> None:
     """It says so with the job's id, and asks the server for nothing."""
     fake.job("POST /pull", [sse("progress", {**JOB, "file": "model.safetensors"}), WAIT])
     command = [sys.executable, str(ROOT / "client.py"), "pull", "org/model"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A test run in the background has its children ignore the signal.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    pipes: Json = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": heard}
+    with subprocess.Popen(command, text=True, **pipes) as process:
         assert process.stdout is not None and process.stderr is not None
         for line in process.stderr:
             if "model.safetensors" in line:

@@ -436,8 +436,10 @@ def test_pull_body() -> None:
     """Its fields and defaults."""
     assert app.validated(app.PullBody, {"model": "gpt2", "revision": None}).model_dump() == {
         "model": "gpt2", "revision": None, "quantize": "auto", "init": False, "trust_remote_code": False,
+        "allow_pickle": False, "make_room": False, "pin": False,
     }  # fmt: skip
     full = {"model": "a/b", "revision": "refs/pr/1", "quantize": "4bit", "init": True, "trust_remote_code": True}
+    full |= {"allow_pickle": True, "make_room": True, "pin": True}
     assert app.validated(app.PullBody, full).model_dump() == full
 
 
