@@ -6330,11 +6330,11 @@ def _remove_from_cache(meta: ModelMeta, others: list[ModelMeta], busy: set[str])
         in_use = folder.name.removeprefix("models--").replace("--", "/") in busy  # a job may count on them
         for name in () if in_use else gone - linked_blobs(folder):
             (folder / "blobs" / name).unlink(missing_ok=True)
+        told = [path for path in (folder / "refs").rglob("*") if alone and path.is_file()]
+        for reference in (path for path in told if path.read_text(errors="replace").strip() == snapshot.name):
+            reference.unlink()
         if alone:
             shutil.rmtree(snapshot, ignore_errors=True)
-            for reference in (folder / "refs").rglob("*"):
-                if reference.is_file() and reference.read_text(errors="replace").strip() == snapshot.name:
-                    reference.unlink()
         if not any((folder / "snapshots").iterdir()) and not any((folder / "blobs").iterdir()):
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
@@ -6361,11 +6361,10 @@ def list_partials() -> list[Json]:
             busy[(job.repository or _source_of(job).repo or "").lower()] = job
     for folder in Path(constants.HF_HUB_CACHE).glob("models--*"):
         repo, linked = folder.name.removeprefix("models--").replace("--", "/"), linked_blobs(folder)
-        for path in (folder / "blobs").glob("*"):
-            ours = path.name.endswith(PARTIAL_SUFFIX)
-            if ours or not (path.name in linked or path.name.endswith(".incomplete")):
-                with suppress(FileNotFoundError):  # it was published meanwhile
-                    found.append(_partial_row(path, repo, busy.get(repo.lower())))
+        loose = (path for path in (folder / "blobs").glob("*") if path.name not in linked)
+        for path in (path for path in loose if path.name.endswith(PARTIAL_SUFFIX) or path.suffix != ".incomplete"):
+            with suppress(FileNotFoundError):  # it was published meanwhile
+                found.append(_partial_row(path, repo, busy.get(repo.lower())))
     return found
 
 

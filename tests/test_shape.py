@@ -52,6 +52,7 @@ REACHES_DOWN = {
     "lifespan": {"MODEL STORE", "MODEL LIFECYCLE", "DIALECTS"},  # the application's beginning and end, by design
     "_background_pull": {"MODEL LIFECYCLE"},  # `init: true` loads the model that was just pulled
     "remember_alias": {"MODEL LIFECYCLE"},  # the same for a model that is made anew under its name
+    "_pull_model": {"MODEL LIFECYCLE"},  # so is one whose files were repaired
     "_described": {"MODEL LIFECYCLE"},  # a model that is in memory in its old form is loaded anew
     "delete_model": {"MODEL LIFECYCLE"},  # a model that is in memory is unloaded before its files go
 }
