@@ -6,6 +6,7 @@ import asyncio
 import functools
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -440,3 +441,15 @@ def test_make_room_for_a_gated_model_deletes_nothing(stub: HubStub, tmp_path: Pa
         job = failed(server, "r/gated", make_room=True)
         assert job["error_kind"] == "gated"
         assert server.client.get("/models/r/victim").status_code == 200
+
+
+def test_the_hubs_own_client_stays_out_of_the_server(stub: HubStub) -> None:
+    """It takes its lock in every forked child: one forked while a thread held it never started, nor did its server."""
+    stub.add("r/asked", model())
+    code = (
+        "import app; from huggingface_hub.utils import _http\n"
+        "print(len(app._list_repository('r/asked', None).files), _http._GLOBAL_CLIENT)"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": stub.url}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert told.stdout.split() == ["2", "None"], told.stderr
